@@ -1,0 +1,114 @@
+"""Parts and how a recipe finds them.
+
+A *part* is a pydantic model: its fields are its settings, its methods are its work. A recipe names one as
+`{name = "grpo", clip_low = 0.1}`; the name is a built-in one, one of an installed package's entry points
+(group `ondol.<room>`), or a reference `"package.module:Object"`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ondol.errors import OndolError, nearest
+
+
+class Part(BaseModel):
+    """Base of everything a recipe can name. Settings are fixed once made; unknown settings are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+T = TypeVar("T")
+
+#: room -> name -> "module:object". Strings, so that listing the names imports nothing.
+BUILT_IN: dict[str, dict[str, str]] = {
+    "tools": {
+        "calculator": "ondol.tools.calculator:Calculator",
+        "python": "ondol.tools.python:Python",
+    },
+    "tasks": {
+        "arithmetic": "ondol.tasks.arithmetic:Arithmetic",
+        "jsonl": "ondol.tasks.jsonl:Jsonl",
+        "reasoning-gym": "ondol.tasks.reasoning_gym:ReasoningGym",
+        "two-addends": "ondol.tasks.two_addends:TwoAddends",
+    },
+    "verifiers": {
+        "exact": "ondol.rewards.exact:Exact",
+        "math": "ondol.rewards.math:Math",
+        "numeric": "ondol.rewards.numeric:Numeric",
+    },
+    "envs": {"tool": "ondol.envs.tool:ToolEnv"},
+    "methods": {"grpo": "ondol.methods.grpo:GRPO"},
+}
+
+
+def names(room: str) -> list[str]:
+    """All names a recipe may use in this room: built in, then those of installed packages."""
+    return sorted({*BUILT_IN[room], *(e.name for e in entry_points(group=f"ondol.{room}"))})
+
+
+def find(room: str, name: str) -> Any:
+    """The object that `name` stands for in `room`. Raises OndolError with the nearest known name."""
+    reference = BUILT_IN[room].get(name)
+    if reference is None and ":" in name:
+        reference = name
+    if reference is None:
+        for entry in entry_points(group=f"ondol.{room}"):
+            if entry.name == name:
+                return entry.load()
+        raise OndolError(f"no {room.rstrip('s')} is called '{name}'", nearest(name, names(room)))
+    module, _, attribute = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise OndolError(f"'{reference}' cannot be loaded: {e}", "check that the module is on PYTHONPATH and defines it") from e
+
+
+def make(room: str, table: dict[str, Any] | str, where: str = "") -> Any:
+    """Build a part from a recipe's table (or bare name). `where` is the key path, for messages."""
+    table = {"name": table} if isinstance(table, str) else dict(table)
+    name = table.pop("name", None)
+    if not isinstance(name, str):
+        raise OndolError(f"{where or room}: a table here needs a 'name'", f"known: {', '.join(names(room))}")
+    try:
+        cls = find(room, name)
+    except OndolError as e:
+        raise OndolError(f"{where + ': ' if where else ''}{e.what}", e.remedy) from e
+    try:
+        return cls(**table)
+    except ValidationError as e:
+        raise explain(e, where or name, cls) from e
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> OndolError:
+    """A pydantic error in our words: the path of the wrong key, what is wrong, and the nearest right key."""
+    lines, remedy = [], None
+    for item in error.errors():
+        path = ".".join([where, *(str(p) for p in item["loc"])]).strip(".")
+        if item["type"] == "extra_forbidden":
+            owner: type[BaseModel] | None = model
+            for key in item["loc"][:-1]:
+                owner = _model_of(owner, str(key))
+            fields = owner.model_fields if owner is not None else {}
+            lines.append(f"{path}: there is no such key")
+            remedy = nearest(str(item["loc"][-1]), fields)
+        elif item["type"] == "missing":
+            lines.append(f"{path}: this key is required")
+        else:
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})")
+    return OndolError("\n".join(lines), remedy)
+
+
+def _model_of(owner: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    """The pydantic model that field `key` of `owner` holds, if it holds one."""
+    field = owner.model_fields.get(key) if owner is not None else None
+    if field is None:
+        return None
+    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,0 +1,187 @@
+"""The types that travel between rooms, and nothing else does.
+
+Message      one turn of a conversation, as text (a view: token ids are the record)
+ToolCall     what an assistant message asks a tool to do;  ToolResult: what came back
+Problem      one question of a task, with what its verifier needs
+Turn         one sampled stretch of a trajectory, and what the environment answered
+Trajectory   token ids of a whole episode with masks, log-probs, weight versions, score and reward
+Group        the trajectories of one problem at one step
+StopReason   why a trajectory ended; Finish: why one turn did
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A request to a tool. `error` is set when the model's text could not be parsed as a call."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool gave back. `text` is what the model sees; failures are data, not exceptions."""
+
+    text: str
+    ok: bool = True
+    kind: str = "ok"  # ok | error | timeout | memory | unknown_tool | bad_arguments | crashed
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. `name` is the tool's name in a tool message."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `id` is stable over runs; `answer` is the gold answer; `data` is the verifier's own."""
+
+    id: str
+    question: str
+    answer: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Finish(StrEnum):
+    """Why the engine stopped one turn."""
+
+    END = "end"  # the model's end-of-turn token
+    STOP = "stop"  # one of the request's stop strings
+    LENGTH = "length"  # the turn's token limit
+    CONTEXT = "context"  # the model's context is full
+    TIMEOUT = "timeout"  # the request's deadline passed
+    ERROR = "error"  # the engine (an endpoint, say) failed
+
+
+class StopReason(StrEnum):
+    """Why a trajectory ended. Exported as metrics, one share each."""
+
+    ANSWERED = "answered"  # the model ended its turn without calling a tool
+    EMPTY = "empty"  # it ended its turn at once, with no text
+    MAX_TURNS = "max_turns"  # it called a tool on its last turn; the tool was not called
+    TURN_LENGTH = "turn_length"  # a turn reached its token limit without an end or a call
+    CONTEXT = "context"  # no room left for another turn
+    ENV_DONE = "env_done"  # the environment ended the episode
+    TIMEOUT = "timeout"  # the trajectory's deadline passed
+    ERROR = "error"  # engine or environment failed; `info["error"]` says how
+
+
+@dataclass
+class Turn:
+    """One sampled stretch `ids[start:end]` of a trajectory, its text, and the environment's answer."""
+
+    start: int
+    end: int
+    text: str
+    finish: Finish
+    calls: list[ToolCall] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
+
+
+@dataclass
+class Trajectory:
+    """One episode. All lists below have one entry per token of `ids` (prompt, sampled and observation tokens).
+
+    Attributes:
+        key: (step, problem, sample): what this trajectory is, unique in a run's phase.
+        prompt_length: tokens of `ids` before the first sampled one.
+        sampled: the policy produced this token.
+        trained: this token counts in the loss (a subset of `sampled`, except in SFT data given by hand).
+        logp: log-probability of a sampled token under the policy at the temperature used, before any
+            truncation (top-k, top-p, min-p); 0.0 where not sampled.
+        logp_truncated: the same under the truncated distribution that was really sampled from; empty when
+            no truncation was on.
+        version: version of the weights that produced a sampled token; -1 elsewhere.
+        score: task success in [0, 1]; what filters, stopping rules and reports use.
+        reward: what the method learns from; equals `score` unless shaped.
+    """
+
+    key: tuple[int, int, int]
+    problem: Problem
+    ids: list[int]
+    prompt_length: int
+    sampled: list[bool]
+    trained: list[bool]
+    logp: list[float]
+    version: list[int]
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    stop_reason: StopReason = StopReason.ERROR
+    score: float = 0.0
+    reward: float = 0.0
+    logp_truncated: list[float] = field(default_factory=list)
+    temperature: float = 1.0
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def response(self) -> str:
+        """Text of the last sampled turn: what the verifier reads."""
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(self.sampled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Floats keep every bit (repr round-trips)."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Trajectory:
+        """Inverse of `to_dict`."""
+
+        def call(d: dict[str, Any]) -> ToolCall:
+            return ToolCall(**d)
+
+        turns = [
+            Turn(
+                **{
+                    **t,
+                    "finish": Finish(t["finish"]),
+                    "calls": [call(c) for c in t["calls"]],
+                    "results": [ToolResult(**r) for r in t["results"]],
+                }
+            )
+            for t in data["turns"]
+        ]
+        messages = [Message(**{**m, "calls": tuple(call(c) for c in m["calls"])}) for m in data["messages"]]
+        return cls(
+            **{
+                **data,
+                "key": tuple(data["key"]),
+                "problem": Problem(**data["problem"]),
+                "turns": turns,
+                "messages": messages,
+                "stop_reason": StopReason(data["stop_reason"]),
+            }
+        )
+
+
+@dataclass
+class Group:
+    """The trajectories of one problem at one step: what group methods compare."""
+
+    problem: Problem
+    trajectories: list[Trajectory]
+
+    @property
+    def scores(self) -> list[float]:
+        return [t.score for t in self.trajectories]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [t.reward for t in self.trajectories]
