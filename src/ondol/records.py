@@ -6,6 +6,7 @@ Problem      one question of a task, with what its verifier needs
 Turn         one sampled stretch of a trajectory, and what the environment answered
 Trajectory   token ids of a whole episode with masks, log-probs, weight versions, score and reward
 Group        the trajectories of one problem at one step
+Batch        tokens of many trajectories packed flat, for the learner
 StopReason   why a trajectory ended; Finish: why one turn did
 """
 
@@ -14,7 +15,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -185,3 +189,56 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [t.reward for t in self.trajectories]
+
+
+@dataclass
+class Segment:
+    """A stretch `start:end` of a packed batch whose tokens see all of `parent` (if any) and, causally, themselves."""
+
+    start: int
+    end: int
+    parent: Segment | None = None
+
+
+@dataclass
+class Batch:
+    """A micro-batch for the learner: N context tokens laid flat without padding, T of them targets.
+
+    Shared prompts appear once: a group's prompt is one segment and each response is a segment below it. Every
+    context token is *valid* (there is no padding to mask); `sampled` and `trained` are kept per target.
+
+    Attributes:
+        ids, positions: [N] token ids and their positions in their own sequences.
+        segments: which tokens see which.
+        source: [T] index into N of the token whose hidden state predicts the target.
+        target: [T] the target's token id.
+        sequence: [T] which trajectory of the whole update the target belongs to.
+        sampled, trained: [T] masks, as in `Trajectory`; a token that is neither is no target.
+        logp: [T] log-probability recorded at sampling (0 where not sampled).
+        version: [T] version of the weights that sampled it (-1 where none).
+        advantage: [T]; weight: [T] share of the target in the loss (0 where not trained).
+        temperature: of the sampling distribution.
+        sequence_tokens: tokens if nothing were shared; N / sequence_tokens is what sharing saves.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: list[Segment]
+    source: Tensor
+    target: Tensor
+    sequence: Tensor
+    sampled: Tensor
+    trained: Tensor
+    logp: Tensor
+    version: Tensor
+    advantage: Tensor
+    weight: Tensor
+    temperature: float
+    sequence_tokens: int
+
+    def to(self, device: Any) -> Batch:
+        """The same batch with its tensors on another device."""
+        moved = {
+            f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v for f in dataclasses.fields(self)
+        }
+        return Batch(**moved)

@@ -1,0 +1,390 @@
+"""The embedded engine: continuous batching over the learner's own model.
+
+- One KV slot a session, preallocated; a session keeps its slot between turns, so only what is new is prefilled.
+- A new prompt copies the KV of the longest prefix that any slot already holds: the samples of one prompt, and
+  prompts with a common beginning, compute it once. `stats.prefix_hit_share` says how often.
+- Finished rows leave at once and waiting ones enter; prefilling and decoding rows share one forward pass.
+- Every row draws from its own random stream, so company and order do not change what is sampled (up to rounding:
+  matrix products of another shape may differ in the last bit).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ondol.engines.base import Completion, EngineStats, Request, uniforms
+from ondol.engines.sampling import sample
+from ondol.errors import OndolError
+from ondol.models import forward
+from ondol.records import Finish
+
+_TAIL = 24  # tokens re-read when looking for a stop string: more than any stop string spans
+_GROW = 64  # KV length grows in steps of this many tokens
+
+
+@dataclass
+class _Row:
+    """A session in a slot: its turn being sampled, or None while a tool runs."""
+
+    slot: int
+    cached: int = 0  # tokens whose KV is in the slot
+    tokens: list[int] = field(default_factory=list)  # whole sequence so far; tokens[cached:] are to be computed
+    request: Request | None = None
+    uniforms: np.ndarray | None = None
+    out: Completion | None = None
+    deadline: float = 0.0
+
+
+class TorchEngine:
+    """Samples with a transformers causal LM. See `ondol.engines.base.Engine`.
+
+    Args:
+        model: a causal LM; its attention is switched to ours.
+        tokenizer: used to read text for stop strings.
+        context_length: most tokens of one sequence.
+        max_batch: most sequences in the KV at once; the rest wait.
+        prefill_tokens: most new prompt tokens in one forward pass.
+        share_prefixes: copy KV of common prefixes; off is the plain path.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        context_length: int,
+        *,
+        max_batch: int = 64,
+        prefill_tokens: int = 2048,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.model = forward.prepare(model)
+        self.tokenizer = tokenizer
+        self.context_length, self.max_batch = context_length, max_batch
+        self.prefill_tokens, self.share_prefixes = prefill_tokens, share_prefixes
+        self.version = 0
+        self.stats = EngineStats()
+        self._waiting: deque[Request] = deque()
+        self._rows: dict[str, _Row] = {}
+        self._cache = _Slots(forward.causal_lm(model).config)
+
+    # -- Engine -------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(r.request is not None for r in self._rows.values())
+
+    def submit(self, request: Request) -> None:
+        if len(request.ids) == 0:
+            raise OndolError("an engine request has no tokens", "render a prompt first")
+        if len(request.ids) >= self.context_length:
+            raise OndolError(
+                f"a prompt of {len(request.ids)} tokens does not fit the model's context of {self.context_length}",
+                "shorten the prompt or the observations, or take a model with a longer context",
+            )
+        self._waiting.append(request)
+
+    def release(self, session: str) -> None:
+        self._rows.pop(session, None)
+
+    def sync(self, version: int) -> None:
+        self.version = version
+        busy = [r for r in self._rows.values() if r.request is not None]
+        if busy:
+            raise OndolError("weights changed while turns were being sampled", "finish or release them first")
+        self._rows.clear()
+        self._cache.free()
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        started = time.perf_counter()
+        self._admit()
+        rows = [r for r in self._rows.values() if r.request is not None]
+        if not rows:
+            return []
+        now = time.monotonic()
+        late = [r for r in rows if now > r.deadline]
+        done = [self._finish(r, Finish.TIMEOUT) for r in late]
+        rows = [r for r in rows if r.request is not None]
+        batch, ready = self._compose(rows)
+        if batch:
+            states = self._forward(batch)
+            if ready:
+                done += self._sample(ready, forward.logits(self.model, states))
+        self.stats.steps += 1
+        self.stats.seconds += time.perf_counter() - started
+        return done
+
+    # -- scheduling ---------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give waiting requests a row: their session's own, or a free slot."""
+        held: list[Request] = []
+        while self._waiting:
+            request = self._waiting.popleft()
+            row = self._rows.get(request.session)
+            if row is None:
+                if len(self._rows) >= self.max_batch:
+                    idle = next((s for s, r in self._rows.items() if r.request is None), None)
+                    if idle is None or any(w.session == idle for w in self._waiting):
+                        held.append(request)
+                        continue
+                    self.release(idle)  # a session between turns gives way; it is prefilled again when it returns
+                used = {r.slot for r in self._rows.values()}
+                row = _Row(slot=next(i for i in range(self.max_batch) if i not in used))
+                self._rows[request.session] = row
+            tokens = list(request.ids)
+            row.cached = min(_common(row.tokens[: row.cached], tokens), len(tokens) - 1)
+            self.stats.reused_tokens += row.cached
+            row.tokens, row.request = tokens, request
+            row.uniforms = uniforms(request.seed, request.sampling.max_tokens)
+            row.deadline = time.monotonic() + request.timeout_s
+            row.out = Completion(request.session, [], [], [], "", Finish.LENGTH, self.version, cached_tokens=row.cached)
+        self._waiting.extend(held)
+
+    def _compose(self, rows: list[_Row]) -> tuple[list[tuple[_Row, int]], list[_Row]]:
+        """What one forward pass computes: (row, new tokens), and the rows that can then be sampled from."""
+        batch: list[tuple[_Row, int]] = []
+        ready: list[_Row] = []
+        budget = self.prefill_tokens
+        leaders: list[_Row] = []
+        self._cache.reserve(max(r.slot for r in rows) + 1, max(len(r.tokens) for r in rows) + 1, self.model)
+        for row in sorted(rows, key=lambda r: r.slot):
+            if row.cached == 0 and self.share_prefixes and len(row.tokens) > 1:
+                donor, shared = self._donor(row)
+                if donor is not None:
+                    self._cache.copy(donor.slot, row.slot, shared)
+                    row.cached = shared
+                    self.stats.reused_tokens += shared
+                    if row.out is not None:
+                        row.out.cached_tokens = shared
+                if any(_common(o.tokens, row.tokens) > row.cached + _GROW // 4 for o in leaders):
+                    continue  # another row of this pass computes a longer prefix: wait one pass and copy it
+            new = len(row.tokens) - row.cached
+            if new > 1:
+                new = min(new, budget)
+                if new == 0:
+                    continue
+                budget -= new
+                leaders.append(row)
+                self.stats.prefilled_tokens += new
+            batch.append((row, new))
+            if row.cached + new == len(row.tokens):
+                ready.append(row)
+        return batch, ready
+
+    def _donor(self, row: _Row) -> tuple[_Row | None, int]:
+        """The slot that holds the longest prefix of this row's tokens, and its length."""
+        best, length = None, 0
+        for other in self._rows.values():
+            if other is not row and other.cached > length:
+                shared = min(_common(other.tokens[: other.cached], row.tokens), len(row.tokens) - 1)
+                if shared > length:
+                    best, length = other, shared
+        return best, length
+
+    # -- computing ----------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: list[tuple[_Row, int]]) -> Tensor:
+        """Run the model over the new tokens; last hidden states [ready rows, width], in batch order."""
+        ids, positions, last = [], [], []
+        for row, new in batch:
+            ids += row.tokens[row.cached : row.cached + new]
+            positions += range(row.cached, row.cached + new)
+            if row.cached + new == len(row.tokens):
+                last.append(len(ids) - 1)
+        device = forward.head(self.model).device
+        attend = _CachedAttention(self._cache, [(r.slot, r.cached, n) for r, n in batch], device)
+        states = forward.hidden(self.model, torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend)
+        for row, new in batch:
+            row.cached += new
+        return states[torch.tensor(last, device=device, dtype=torch.long)]
+
+    def _sample(self, rows: list[_Row], logits: Tensor) -> list[Completion]:
+        """Draw one token for each row, record it, and return the turns that ended with it."""
+        done: list[Completion] = []
+        kinds: dict[Any, list[int]] = {}
+        for i, row in enumerate(rows):
+            assert row.request is not None
+            kinds.setdefault(row.request.sampling, []).append(i)
+        for sampling, members in kinds.items():
+            u = torch.tensor([rows[i].uniforms[len(rows[i].out.ids)] for i in members], dtype=torch.float64)  # type: ignore[index,union-attr]
+            picked = logits if len(kinds) == 1 else logits[torch.tensor(members, device=logits.device)]
+            tokens, logp, truncated = sample(picked, sampling, u.to(logits.device))
+            columns = (tokens.tolist(), logp.tolist(), truncated.tolist() if truncated is not None else [None] * len(members))
+            for i, token, lp, lp_truncated in zip(members, *columns):
+                finish = self._append(rows[i], token, lp, lp_truncated)
+                if finish is not None:
+                    done.append(self._finish(rows[i], finish))
+        self.stats.sampled_tokens += len(rows)
+        return done
+
+    def _append(self, row: _Row, token: int, logp: float, logp_truncated: float | None) -> Finish | None:
+        request, out = row.request, row.out
+        assert request is not None and out is not None
+        row.tokens.append(token)
+        out.ids.append(token)
+        out.logp.append(logp)
+        if logp_truncated is not None:
+            out.logp_truncated.append(logp_truncated)
+        if token in request.end_ids:
+            return Finish.END
+        if request.stop:
+            tail = self.tokenizer.decode(out.ids[-_TAIL:], skip_special_tokens=False)
+            if any(s in tail for s in request.stop):
+                return Finish.STOP
+        if len(out.ids) >= request.sampling.max_tokens:
+            return Finish.LENGTH
+        if len(row.tokens) >= self.context_length:
+            return Finish.CONTEXT
+        return None
+
+    def _finish(self, row: _Row, finish: Finish) -> Completion:
+        """End the row's turn; its KV stays in the slot for the session's next one."""
+        request, out = row.request, row.out
+        assert request is not None and out is not None
+        ids = out.ids[:-1] if finish is Finish.END else out.ids
+        out.text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if finish is Finish.STOP:  # the last token may hold text past the stop string: the action ends at the string
+            out.text = out.text[: min(out.text.index(s) + len(s) for s in request.stop if s in out.text)]
+        out.finish = finish
+        row.request = row.out = row.uniforms = None
+        return out
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    low, high = 0, n  # a[:low] == b[:low], a[:high] != b[:high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+class _Slots:
+    """Keys and values of all layers: each [slots, kv_heads, length, dim], grown when needed."""
+
+    def __init__(self, config: Any) -> None:
+        text = config.get_text_config()
+        self.layers: int = text.num_hidden_layers
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def reserve(self, slots: int, length: int, model: torch.nn.Module) -> None:
+        """Make room for so many slots of so many tokens, keeping what is there."""
+        weight = forward.head(model)
+        have_slots, have_length = (self.k[0].shape[0], self.k[0].shape[2]) if self.k else (0, 0)
+        if slots <= have_slots and length <= have_length:
+            return
+        slots = max(slots, have_slots)
+        length = max(-(-length // _GROW) * _GROW, have_length)
+        for store in (self.k, self.v):
+            for layer in range(self.layers):
+                grown = torch.zeros(slots, self.heads, length, self.dim, dtype=weight.dtype, device=weight.device)
+                if store[layer:]:
+                    grown[:have_slots, :, :have_length] = store[layer]
+                    store[layer] = grown
+                else:
+                    store.append(grown)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for store in (self.k, self.v):
+            for tensor in store:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def free(self) -> None:
+        self.k, self.v = [], []
+
+
+class _CachedAttention:
+    """Attention of new tokens over their slots: rows with one new token together, longer ones one by one."""
+
+    def __init__(self, cache: _Slots, rows: list[tuple[int, int, int]], device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        start = 0
+        single: list[tuple[int, int, int]] = []  # (flat index, slot, position)
+        self.spans: list[tuple[slice, int, int]] = []  # (flat slice, slot, cached)
+        for slot, cached, new in rows:
+            if new == 1:
+                single.append((start, slot, cached))
+            else:
+                self.spans.append((slice(start, start + new), slot, cached))
+            start += new
+        self.total = start
+        columns = list(zip(*single)) if single else [(), (), ()]
+        self.flat = torch.tensor(columns[0], dtype=torch.long, device=device)
+        self.slots = torch.tensor(columns[1], dtype=torch.long, device=device)
+        self.positions = torch.tensor(columns[2], dtype=torch.long, device=device)
+        self.longest = max(columns[2], default=-1) + 1
+        # slots 0..n-1 in order are a view of the cache; any other set has to be gathered
+        self.view = list(columns[1]) == list(range(len(single)))
+        self.masks: dict[Any, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        heads, _, dim = q.shape
+        out = torch.empty(self.total, heads, dim, dtype=q.dtype, device=q.device)
+        for span, slot, cached in self.spans:
+            end = cached + span.stop - span.start
+            keys[slot, :, cached:end] = k[:, span]
+            values[slot, :, cached:end] = v[:, span]
+            attended = scaled_dot_product_attention(
+                q[:, span].unsqueeze(0),
+                keys[slot : slot + 1, :, :end],
+                values[slot : slot + 1, :, :end],
+                attn_mask=self._span_mask(cached, end, window),
+                is_causal=cached == 0 and (window is None or end <= window),
+                scale=scale,
+                enable_gqa=keys.shape[1] != heads,
+            )
+            out[span] = attended[0].transpose(0, 1)
+        if len(self.flat):
+            n, kv_heads = len(self.flat), keys.shape[1]
+            keys[self.slots, :, self.positions] = k[:, self.flat].transpose(0, 1)
+            values[self.slots, :, self.positions] = v[:, self.flat].transpose(0, 1)
+            rows = slice(0, n) if self.view else self.slots
+            # the query heads that share a key head go in as that many "positions": no copies of keys
+            grouped = q[:, self.flat].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+            attended = scaled_dot_product_attention(
+                grouped,
+                keys[rows, :, : self.longest],
+                values[rows, :, : self.longest],
+                attn_mask=self._row_mask(window, heads // kv_heads),
+                scale=scale,
+            )
+            out[self.flat] = attended.reshape(n, heads, dim)
+        return out
+
+    def _row_mask(self, window: int | None, group: int) -> Tensor:
+        if ("row", window) not in self.masks:
+            at = torch.arange(self.longest, device=self.device)
+            mask = at <= self.positions.unsqueeze(-1)
+            if window is not None:
+                mask &= at > self.positions.unsqueeze(-1) - window
+            self.masks["row", window] = mask[:, None, None, :].expand(-1, 1, group, -1)
+        return self.masks["row", window]
+
+    def _span_mask(self, cached: int, end: int, window: int | None) -> Tensor | None:
+        if cached == 0 and (window is None or end <= window):
+            return None
+        key = (cached, end, window)
+        if key not in self.masks:
+            query = torch.arange(cached, end, device=self.device).unsqueeze(-1)
+            at = torch.arange(end, device=self.device)
+            mask = at <= query
+            if window is not None:
+                mask &= at > query - window
+            self.masks[key] = mask
+        return self.masks[key]

@@ -1,0 +1,125 @@
+"""ToolEnv: a question, tools to work it out with, and an answer that the task's verifier scores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ondol.envs.base import Env, StepResult
+from ondol.parts import make, names
+from ondol.records import Message, Problem, ToolCall, ToolResult
+from ondol.tasks.base import Task
+from ondol.tools.base import Tool, ToolSession, call_tool
+from ondol.tools.calls import CallStyle, Json, Tags
+
+TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
+
+
+class ToolEnv(Env):
+    """Conversation with tools. A turn without a call is the answer and ends the episode."""
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"tool use", "reasoning"})
+    action_space: ClassVar[str] = "text or tool call"
+
+    max_turns: int = Field(2, ge=1, description="most turns; a call on the last one is not carried out")
+    tools: tuple[Any, ...] = Field((), description="tools by name or as tables; none makes it plain question answering")
+    calls: Literal["tags", "json"] = Field("tags", description="<python>...</python>, or the model family's own JSON")
+    system: str | None = Field(None, description="system message; by default a line that describes the tools")
+    result_role: Literal["tool", "user"] = Field("user", description="role of the message that carries a tool's result")
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _make_tools(cls, value: Any) -> tuple[Tool, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"a list of tools, e.g. [\"python\"]; known: {', '.join(names('tools'))}")
+        return tuple(v if isinstance(v, Tool) else make("tools", v, "env.tools") for v in value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ToolEnv:
+        seen = [t.name for t in self.tools]
+        if len(set(seen)) < len(seen):
+            raise ValueError(f"two tools are called the same: {', '.join(seen)}")
+        if self.tools and self.max_turns < 2:
+            raise ValueError("with tools max_turns must be at least 2: one to call, one to answer")
+        return self
+
+    @cached_property
+    def _by_name(self) -> dict[str, Tool]:
+        return {t.name: t for t in self.tools}
+
+    def call_style(self, renderer: Any) -> CallStyle | None:
+        if not self.tools:
+            return None
+        return Tags(self.tools) if self.calls == "tags" else Json(renderer)
+
+    def schemas(self, renderer: Any) -> list[dict[str, Any]]:
+        return [t.schema() for t in self.tools] if self.calls == "json" else []
+
+    def system_text(self, renderer: Any) -> str | None:
+        """The system message: as set, or a line for each tool."""
+        if self.system is not None:
+            return self.system or None
+        if not self.tools:
+            return None
+        if self.calls == "tags":
+            usage = " ".join(f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>." for t in self.tools)
+            return TAGS_TEXT.format(usage=usage)
+        return renderer.tools_text(self.schemas(renderer)) or None
+
+    def episode(
+        self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
+    ) -> _Episode:
+        return _Episode(self, task, problem, trajectory_id, renderer, examples)
+
+
+class _Episode:
+    def __init__(
+        self, env: ToolEnv, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message]
+    ) -> None:
+        self.env, self.task, self.problem, self.id, self.examples = env, task, problem, trajectory_id, examples
+        self.renderer, self.style = renderer, env.call_style(renderer)
+        self.sessions: dict[str, ToolSession] = {}
+        self.over = False
+
+    async def reset(self) -> list[Message]:
+        system = self.env.system_text(self.renderer)
+        first = [Message("system", system)] if system else []
+        return [*first, *self.examples, Message("user", self.problem.question)]
+
+    async def step(self, action: Message, last_turn: bool) -> StepResult:
+        if self.over:
+            raise RuntimeError(f"episode {self.id} is over: reset a new one")
+        if not action.calls:
+            self.over = True
+            score = self.task.score(self.problem, action.content)
+            return StepResult([], reward=score, terminated=True, score=score)
+        if last_turn:
+            self.over = True
+            return StepResult([], truncated=True)
+        assert self.style is not None
+        results = await asyncio.gather(*(self._call(c) for c in action.calls))
+        text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, action.calls))
+        name = action.calls[0].name or None
+        return StepResult([Message(self.env.result_role, text, name=name)], results=list(results))
+
+    async def _call(self, call: ToolCall) -> ToolResult:
+        if call.error is not None:
+            return ToolResult(f"error: {call.error}", ok=False, kind="bad_arguments")
+        tool = self.env._by_name.get(call.name)
+        if tool is None:
+            known = ", ".join(self.env._by_name)
+            return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
+        if call.name not in self.sessions:
+            self.sessions[call.name] = tool.session(self.id)
+        return await call_tool(self.sessions[call.name], tool, call)
+
+    async def close(self) -> None:
+        for session in self.sessions.values():
+            await session.close()
+        self.sessions.clear()
+
+

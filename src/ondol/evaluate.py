@@ -1,0 +1,68 @@
+"""How good is a model at a task: held-out problems, greedy and sampled, with and without tools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ondol.engines.base import Engine, Sampling
+from ondol.envs.base import Env
+from ondol.records import Group, Problem, Trajectory
+from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.tasks.base import Task
+
+
+@dataclass
+class Evaluation:
+    """A score with what it came from. `error` is the standard error over problems."""
+
+    score: float
+    error: float
+    problems: int
+    samples: int
+    groups: list[Group] = field(repr=False)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        return statistics(self.groups)
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [t for g in self.groups for t in g.trajectories]
+
+
+def held_out(task: Task, count: int) -> list[Problem]:
+    """The first `count` problems of the test split, fewer if it has fewer."""
+    size = task.size("test")
+    return [task.problem(i, "test") for i in range(count if size is None else min(count, size))]
+
+
+def evaluate(
+    engine: Engine,
+    renderer: Any,
+    task: Task,
+    env: Env,
+    problems: list[Problem],
+    sampling: Sampling,
+    *,
+    seed: tuple[int, ...] = (0,),
+    samples: int = 1,
+    timeout_s: float = 600.0,
+    progress: Callable[[Trajectory], None] = lambda t: None,
+    stop: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Mean score over problems (each the mean of its samples). Greedy needs one sample only."""
+    samples = 1 if sampling.temperature == 0 else samples
+    plan = Plan(task, env, problems, samples, sampling, seed, timeout_s=timeout_s, progress=progress, stop=stop)
+    groups = rollout(engine, renderer, plan)
+    means = [sum(g.scores) / len(g.scores) for g in groups]
+    mean = sum(means) / len(means) if means else math.nan
+    spread = math.sqrt(sum((m - mean) ** 2 for m in means) / max(len(means) - 1, 1))
+    return Evaluation(mean, spread / math.sqrt(max(len(means), 1)), len(means), samples, groups)
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """The same limits, without chance."""
+    return Sampling(temperature=0.0, max_tokens=sampling.max_tokens)

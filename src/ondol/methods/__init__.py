@@ -1,0 +1,1 @@
+"""Policy optimisation, one file per method, named as its paper names it."""

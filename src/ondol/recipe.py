@@ -1,0 +1,218 @@
+"""A recipe: everything one run does, as one TOML file, checked whole before any model loads."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ondol.engines.base import Sampling
+from ondol.envs.base import Env
+from ondol.errors import OndolError
+from ondol.methods.base import Method
+from ondol.models.lora import LoraSettings
+from ondol.parts import Part, explain, make
+from ondol.records import Message
+from ondol.tasks.base import Task
+from ondol.train.optimizer import OptimizerSettings
+
+
+class ModelSettings(Part):
+    """Which model, and how it is held."""
+
+    path: str = Field("smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    chat: str | None = Field(None, description="chat format, where the tokenizer's template does not tell")
+    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+
+
+class RolloutSettings(Part):
+    """How episodes are run."""
+
+    max_batch: int = Field(64, ge=1, description="most sequences in the engine at once")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one trajectory")
+    overlap_tools: bool = Field(False, description="decode others while tools run; for slow tools. Off: exactly repeatable")
+    share_prefixes: bool = Field(True, description="compute common beginnings of prompts once")
+
+
+class Example(Part):
+    """One message of a worked example."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class WarmStart(Part):
+    """Rejection sampling: sample with worked examples in the prompt, keep what the verifier accepts, and imitate it on
+    the plain prompt. The traces are the model's own."""
+
+    problems: int = Field(32, ge=1, description="problems sampled")
+    samples_per_problem: int = Field(4, ge=1, description="tries at each")
+    temperature: float = Field(1.0, ge=0)
+    examples: tuple[Example, ...] = Field((), description="messages of worked conversations, put before the question")
+    keep_per_problem: int = Field(2, ge=1, description="most traces kept of one problem (the first accepted ones)")
+    trajectories: str | None = Field(None, description="imitate recorded trajectories (JSONL or a run) instead of sampling")
+    epochs: int = Field(1, ge=1, description="passes over the kept traces")
+    traces_per_update: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+
+    @property
+    def messages(self) -> list[Message]:
+        return [Message(e.role, e.content) for e in self.examples]
+
+
+class TrainSettings(Part):
+    """The loop."""
+
+    steps: int = Field(10, ge=0, description="batches of rollouts; 0 trains nothing (evaluation and warm start only)")
+    prompts_per_step: int = Field(8, ge=1, description="problems per batch of rollouts")
+    samples_per_prompt: int = Field(8, ge=1, description="trajectories per problem: the group size")
+    tokens_per_microbatch: int = Field(2048, ge=1, description="memory of the learner follows this, results do not")
+    share_prompts: bool = Field(True, description="compute each group's prompt once in the learner")
+    gradient_checkpointing: bool = Field(False, description="less memory for more compute")
+    checkpoint_every_steps: int = Field(5, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    mismatch_warning: float = Field(1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32")
+
+
+class EvaluateSettings(Part):
+    """Held-out problems, greedy and sampled."""
+
+    problems: int = Field(32, ge=0, description="held-out problems; 0 turns evaluation off")
+    samples: int = Field(1, ge=1, description="sampled answers per problem, at the training temperature")
+    without_tools: bool = Field(False, description="also measure, once at the start, what the model can do in its head")
+    every_steps: int = Field(0, ge=0, description="also during training, every so many steps; 0: before and after only")
+
+
+class Recipe(Part):
+    """Everything one run does."""
+
+    name: str = Field("run", min_length=1)
+    seed: int = Field(0, ge=0, description="of everything that is drawn at random")
+    model: ModelSettings = ModelSettings()
+    task: Any = Field(description="a task by name or as a table")
+    env: Any = Field(default="tool", validate_default=True, description="an environment by name or as a table")
+    sampling: Sampling = Sampling()
+    rollout: RolloutSettings = RolloutSettings()
+    warm_start: WarmStart | None = None
+    method: Any = Field(default="grpo", validate_default=True, description="a method by name or as a table")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @field_validator("task", "env", "method", mode="before")
+    @classmethod
+    def _make(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, (Task, Env, Method)):
+            return value
+        if not isinstance(value, (str, dict)):
+            raise ValueError("a name or a table with a name")
+        if info.field_name == "env" and isinstance(value, dict):
+            value = {"name": "tool", **value}
+        return make(f"{info.field_name}s", value, info.field_name)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        group, least = self.train.samples_per_prompt, type(self.method).min_samples
+        if self.train.steps and group < least:
+            raise ValueError(f"{type(self.method).__name__} compares samples of one prompt: train.samples_per_prompt must be at least {least}, not {group}")
+        if self.train.steps and self.method.minibatches > self.train.prompts_per_step:
+            raise ValueError(f"method.minibatches ({self.method.minibatches}) cannot exceed train.prompts_per_step ({self.train.prompts_per_step})")
+        if self.train.steps and self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: all samples of a prompt would be the same and nothing could be learned")
+        if self.model.lora is not None and self.model.dtype == "float64":
+            raise ValueError("lora with float64 is not supported")
+        return self
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a TOML file, the name of a recipe that comes with the package, or a table.
+        overrides: "a.b=value" settings; the value is TOML, or a bare string.
+    Raises:
+        OndolError: with the path of the wrong key, and what would be right.
+    """
+    table = dict(source) if isinstance(source, dict) else read_table(source)
+    for text in overrides:
+        override(table, text)
+    try:
+        return Recipe(**table)
+    except ValidationError as e:
+        raise explain(e, "", Recipe) from e
+
+
+def read_table(source: str | Path) -> dict[str, Any]:
+    """The raw table of a TOML file, or of a recipe that comes with the package."""
+    path = Path(source)
+    if not path.exists() and path.suffix == "" and (built_in := _folder() / f"{path.name}.toml").exists():
+        path = built_in
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        known = ", ".join(sorted(p.stem for p in _folder().glob("*.toml")))
+        raise OndolError(f"there is no recipe '{source}'", f"give a TOML file, or one of: {known}") from e
+    except IsADirectoryError as e:
+        raise OndolError(f"'{source}' is a folder", "give a TOML file") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise OndolError(f"{path}: not valid TOML: {e}") from e
+
+
+def _folder() -> Path:
+    return Path(__file__).parent / "recipes"
+
+
+def override(table: dict[str, Any], text: str) -> None:
+    """Apply one "a.b=value" to a raw table, in place."""
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise OndolError(f"--set {text}: not of the form key=value", "for example --set train.steps=20")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *path, last = key.strip().split(".")
+    for part in path:
+        inner = table.setdefault(part, {})
+        if isinstance(inner, str):  # a bare name stands for a table with that name
+            inner = table[part] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise OndolError(f"--set {text}: '{part}' is not a table", "see the recipe's own keys with: ondol check RECIPE --json")
+        table = inner
+    table[last] = value
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as a plain table: every setting, also those left at their defaults."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Part):
+            fields = {k: plain(getattr(value, k)) for k in type(value).model_fields}
+            fields = {k: v for k, v in fields.items() if v is not None}
+            name = _name_of(value)
+            return {"name": name, **fields} if name and "name" not in fields else fields
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(recipe)
+
+
+def _name_of(part: Part) -> str | None:
+    """What a recipe calls this part."""
+    from ondol.parts import BUILT_IN
+
+    reference = f"{type(part).__module__}:{type(part).__qualname__}"
+    for table in BUILT_IN.values():
+        for name, known in table.items():
+            if known == reference:
+                return name
+    rooms = ("ondol.tasks.base", "ondol.envs.base", "ondol.methods.base", "ondol.tools.base", "ondol.rewards.base")
+    return reference if any(c.__module__ in rooms for c in type(part).__mro__) else None

@@ -1,0 +1,244 @@
+"""Many episodes at once over one engine: each trajectory goes at its own pace, nobody waits for a batch of turns.
+
+A turn is a request to the engine; while rows decode, other episodes' tools run. With `overlap_tools` off (the default)
+the engine takes its next step when every tool call that is under way has come back, so which tokens are computed
+together, and with it the last bit of every number, does not depend on the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ondol.engines.base import Completion, Engine, Request, Sampling
+from ondol.envs.base import Env
+from ondol.errors import OndolError
+from ondol.records import Finish, Group, Message, Problem, StopReason, ToolCall, Trajectory, Turn
+from ondol.tasks.base import Task
+
+_STOP = {
+    Finish.LENGTH: StopReason.TURN_LENGTH,
+    Finish.CONTEXT: StopReason.CONTEXT,
+    Finish.TIMEOUT: StopReason.TIMEOUT,
+    Finish.ERROR: StopReason.ERROR,
+}
+
+
+@dataclass
+class Plan:
+    """What to roll out: every problem `samples` times.
+
+    Attributes:
+        seed: first numbers of every random stream, e.g. (run seed, phase); (step, problem, sample, turn) follow.
+        step: which update this is for; part of keys and streams.
+        first: number of the first problem, for keys and streams.
+        examples: worked conversations put before each question.
+        timeout_s: deadline of one whole trajectory.
+        overlap_tools: let the engine go on while tools run.
+        progress: called with each finished trajectory.
+        stop: called between engine steps; raise in it to give up (everything is cleaned up).
+    """
+
+    task: Task
+    env: Env
+    problems: Sequence[Problem]
+    samples: int
+    sampling: Sampling
+    seed: tuple[int, ...]
+    step: int = 0
+    first: int = 0
+    examples: Sequence[Message] = ()
+    timeout_s: float = 600.0
+    overlap_tools: bool = False
+    progress: Callable[[Trajectory], None] = field(default=lambda t: None)
+    stop: Callable[[], None] = field(default=lambda: None)
+
+
+def rollout(engine: Engine, renderer: Any, plan: Plan) -> list[Group]:
+    """Run the plan; one group a problem, in order, each with `samples` trajectories in order.
+
+    A tool or an environment that fails makes a trajectory with that stop reason, never an exception here.
+    """
+    return asyncio.run(_Rollout(engine, renderer, plan).run())
+
+
+class _Rollout:
+    def __init__(self, engine: Engine, renderer: Any, plan: Plan) -> None:
+        self.engine, self.renderer, self.plan = engine, renderer, plan
+        self.style = plan.env.call_style(renderer)
+        self.schemas = plan.env.schemas(renderer)
+        self.asked: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}  # to be submitted
+        self.sampling: dict[str, asyncio.Future[Completion]] = {}  # being sampled
+        self.away = 0  # episodes not waiting for the engine
+        self.changed = asyncio.Event()
+
+    async def run(self) -> list[Group]:
+        plan = self.plan
+        keys = [(plan.first + p, s) for p in range(len(plan.problems)) for s in range(plan.samples)]
+        self.away = len(keys)
+        tasks = [asyncio.create_task(self._episode(plan.problems[p - plan.first], p, s)) for p, s in keys]
+        try:
+            await self._drive(tasks)
+            done = [t.result() for t in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for p, s in keys:
+                self.engine.release(self._id(p, s))
+        size = plan.samples
+        return [Group(p, done[i * size : (i + 1) * size]) for i, p in enumerate(plan.problems)]
+
+    async def _drive(self, tasks: list[asyncio.Task[Trajectory]]) -> None:
+        """Step the engine until all episodes are done."""
+        while not all(t.done() for t in tasks):
+            self.plan.stop()
+            while self.away and not (self.plan.overlap_tools and (self.asked or self.engine.busy)):
+                self.changed.clear()
+                if not self.away:
+                    break
+                await asyncio.wait_for(self.changed.wait(), self.plan.timeout_s + 60)
+            for key in sorted(self.asked):  # the order of submission must not depend on which tool was faster
+                request, future = self.asked.pop(key)
+                self.sampling[key] = future
+                self.engine.submit(request)
+            for completion in self.engine.step():
+                future = self.sampling.pop(completion.session)
+                if not future.done():
+                    self.away += 1
+                    future.set_result(completion)
+            await asyncio.sleep(0)
+
+    async def _sample(self, request: Request) -> Completion:
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self.asked[request.session] = (request, future)
+        self._leave()
+        return await future
+
+    def _leave(self) -> None:
+        self.away -= 1
+        self.changed.set()
+
+    def _id(self, problem: int, sample: int) -> str:
+        return f"{'.'.join(map(str, self.plan.seed))}/{self.plan.step:06d}/{problem:06d}/{sample:04d}"
+
+    async def _episode(self, problem: Problem, number: int, sample: int) -> Trajectory:
+        plan, session = self.plan, self._id(number, sample)
+        episode = plan.env.episode(plan.task, problem, session, self.renderer, plan.examples)
+        t = Trajectory((plan.step, number, sample), problem, [], 0, [], [], [], [], temperature=plan.sampling.temperature)
+        try:
+            t.messages = await episode.reset()
+            _extend(t, self.renderer.prompt(t.messages, self.schemas))
+            t.prompt_length = len(t.ids)
+            await self._turns(t, episode, session, (plan.step, number, sample))
+        except OndolError as e:
+            t.stop_reason, t.info["error"] = StopReason.ERROR, str(e)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:  # an environment's bug harms its own trajectory only
+            t.stop_reason, t.info["error"] = StopReason.ERROR, f"{type(e).__name__}: {e}"
+        finally:
+            await episode.close()
+            self.engine.release(session)
+        self._leave()
+        plan.progress(t)
+        return t
+
+    async def _turns(self, t: Trajectory, episode: Any, session: str, key: tuple[int, int, int]) -> None:
+        plan, deadline = self.plan, time.monotonic() + self.plan.timeout_s
+        for turn in range(plan.env.max_turns):
+            done = await self._sample(
+                Request(
+                    session=session,
+                    ids=t.ids,
+                    sampling=plan.sampling,
+                    seed=(*plan.seed, *key, turn),
+                    stop=self.style.stop if self.style else (),
+                    end_ids=self.renderer.end_ids,
+                    messages=list(t.messages),
+                    timeout_s=max(0.0, deadline - time.monotonic()),
+                )
+            )
+            action = self._record(t, done)
+            if done.finish in _STOP:
+                t.stop_reason = _STOP[done.finish]
+                if done.error:
+                    t.info["error"] = done.error
+                return
+            last = turn == plan.env.max_turns - 1
+            result = await episode.step(action, last)
+            t.turns[-1].results = result.results
+            t.reward += result.reward
+            if result.terminated or result.truncated:
+                t.score = result.score
+                t.stop_reason = _why_over(result.truncated, action)
+                return
+            observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
+            t.messages += result.messages
+            _extend(t, observation)
+            if time.monotonic() > deadline:
+                t.stop_reason = StopReason.TIMEOUT
+                return
+
+    def _record(self, t: Trajectory, done: Completion) -> Message:
+        """Append a sampled turn; the assistant message it amounts to."""
+        calls: list[ToolCall] = self.style.parse(done.text) if self.style else []
+        start, n = len(t.ids), len(done.ids)
+        t.ids += done.ids
+        t.sampled += [True] * n
+        t.trained += [True] * n
+        t.logp += done.logp
+        t.version += [done.version] * n
+        if done.logp_truncated:
+            t.logp_truncated += [0.0] * (start - len(t.logp_truncated)) + done.logp_truncated
+        t.turns.append(Turn(start, start + n, done.text, done.finish, calls))
+        message = Message("assistant", done.text, tuple(calls))
+        t.messages.append(message)
+        return message
+
+
+def _extend(t: Trajectory, ids: list[int]) -> None:
+    """Append tokens that the policy did not produce."""
+    n = len(ids)
+    t.ids += ids
+    t.sampled += [False] * n
+    t.trained += [False] * n
+    t.logp += [0.0] * n
+    t.version += [-1] * n
+    if t.logp_truncated:
+        t.logp_truncated += [0.0] * n
+
+
+def _why_over(truncated: bool, action: Message) -> StopReason:
+    if truncated:
+        return StopReason.MAX_TURNS
+    if action.calls:
+        return StopReason.ENV_DONE
+    return StopReason.ANSWERED if action.content.strip() else StopReason.EMPTY
+
+
+def statistics(groups: Sequence[Group]) -> dict[str, float]:
+    """Metrics of a batch of rollouts: score, reward, stop reasons, tools, lengths."""
+    all_ = [t for g in groups for t in g.trajectories]
+    if not all_:
+        return {}
+    n = len(all_)
+    rewards = [t.reward for t in all_]
+    mean = sum(rewards) / n
+    results = [r for t in all_ for turn in t.turns for r in turn.results]
+    out = {
+        "score/mean": sum(t.score for t in all_) / n,
+        "reward/mean": mean,
+        "reward/std": (sum((r - mean) ** 2 for r in rewards) / n) ** 0.5,
+        "rollout/turns": sum(len(t.turns) for t in all_) / n,
+        "rollout/sampled_tokens": float(sum(t.sampled_tokens for t in all_)),
+        "rollout/response_tokens": sum(t.sampled_tokens for t in all_) / n,
+        "tools/calls_per_trajectory": len(results) / n,
+        "tools/error_share": sum(not r.ok for r in results) / max(len(results), 1),
+    }
+    for reason in StopReason:
+        out[f"stop/{reason}"] = sum(t.stop_reason is reason for t in all_) / n
+    return out

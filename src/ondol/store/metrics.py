@@ -1,0 +1,89 @@
+"""Every number that a run records: its name, unit, which way is better, and what it means.
+
+A name ending in "*" is a family: "stop/*" stands for "stop/answered", "stop/timeout" and so on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from ondol.errors import OndolError, nearest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One recorded quantity. `unit` is "" for plain numbers, "share" for fractions in [0, 1]."""
+
+    name: str
+    unit: str
+    direction: Literal["up", "down", "none"]
+    help: str
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> Metric:
+    """Add a metric. The same one twice is fine; a different one under a known name is refused."""
+    known = METRICS.get(metric.name)
+    if known is not None and known != metric:
+        raise OndolError(f"the metric '{metric.name}' is registered already, as: {known.help}", "choose another name")
+    METRICS[metric.name] = metric
+    return metric
+
+
+def metric(name: str) -> Metric:
+    """What `name` means; a member of a family gets the family's entry under its own name.
+
+    Raises:
+        OndolError: unknown name; the remedy lists the nearest ones.
+    """
+    if name in METRICS and not name.endswith("*"):
+        return METRICS[name]
+    for family in METRICS.values():
+        stem = family.name[:-1]
+        if family.name.endswith("*") and name.startswith(stem) and name != stem and not name.endswith("*"):
+            return dataclasses.replace(family, name=name)
+    raise OndolError(f"no metric is called '{name}'", nearest(name, METRICS) + "; or register(Metric(...)) your own")
+
+
+for _entry in (
+    Metric("score/mean", "share", "up", "mean task success of the step's trajectories"),
+    Metric("reward/mean", "", "up", "mean reward, what the method learns from"),
+    Metric("reward/std", "", "none", "standard deviation of the step's rewards"),
+    Metric("eval/score_greedy", "share", "up", "mean score on held-out problems, most likely token each time"),
+    Metric("eval/score_sampled", "share", "up", "mean score on held-out problems, sampled at the run's temperature"),
+    Metric("eval/score_no_tool", "share", "up", "mean score on held-out problems without any tool, greedy"),
+    Metric("stop/*", "share", "none", "share of trajectories that ended for this reason"),
+    Metric("tools/calls_per_trajectory", "calls", "none", "mean tool calls of a trajectory"),
+    Metric("tools/error_share", "share", "down", "share of tool calls that failed, whatever the kind"),
+    Metric("rollout/tokens_per_s", "tokens/s", "up", "sampled tokens by second of rollout"),
+    Metric("rollout/seconds", "s", "down", "wall time of the step's rollouts"),
+    Metric("rollout/sampled_tokens", "tokens", "none", "tokens the policy sampled in this step"),
+    Metric("rollout/turns", "turns", "none", "mean sampled turns of a trajectory"),
+    Metric("rollout/response_tokens", "tokens", "none", "mean sampled tokens of a trajectory"),
+    Metric("learner/tokens_per_s", "tokens/s", "up", "tokens through the learner by second"),
+    Metric("learner/seconds", "s", "down", "wall time of the step's learning"),
+    Metric("learner/tokens", "tokens", "none", "tokens that went through the learner, context included"),
+    Metric("loss/policy", "", "none", "policy loss; its size says little, its jumps do"),
+    Metric("loss/kl", "", "none", "penalty for moving away from the reference model, as added to the loss"),
+    Metric("loss/sft", "nats", "down", "mean negative log-likelihood of the trained tokens"),
+    Metric("policy/entropy", "nats", "none", "mean entropy of the policy at sampled tokens"),
+    Metric("policy/clip_share", "share", "none", "share of trained tokens whose ratio was clipped"),
+    Metric("policy/kl_k3", "nats", "none", "k3 estimate of the divergence between new and sampling policy"),
+    Metric("policy/ratio_max", "", "none", "largest probability ratio of a trained token, new over sampling policy"),
+    Metric("gradient/norm", "", "none", "norm of the whole gradient before clipping"),
+    Metric("mismatch/max_abs", "nats", "down", "largest |learner - sampling| log-probability with equal weights"),
+    Metric("mismatch/mean_abs", "nats", "down", "mean |learner - sampling| log-probability with equal weights"),
+    Metric("groups/zero_advantage_share", "share", "down", "share of groups whose rewards are all equal: no signal"),
+    Metric("groups/kept", "groups", "up", "groups left after the filters"),
+    Metric("warm_start/accepted_share", "share", "up", "share of sampled traces good enough to imitate"),
+    Metric("warm_start/traces", "traces", "up", "traces in the imitation set"),
+    Metric("learning_rate", "", "none", "learning rate of the optimiser step"),
+    Metric("step/seconds", "s", "down", "wall time of the whole step"),
+    Metric("engine/prefix_hit_share", "share", "up", "share of prompt tokens served from the engine's prefix cache"),
+    Metric("memory/peak_mib", "MiB", "down", "peak memory of the process (of the device, on one)"),
+):
+    register(_entry)

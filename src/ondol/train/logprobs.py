@@ -1,0 +1,137 @@
+"""Log-probabilities of a packed batch's targets, and their gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ondol.errors import OndolError
+from ondol.models import forward
+from ondol.records import Batch, Segment
+
+#: rows x vocabulary kept at once by the output layer: up to this the probabilities are kept for the backward pass,
+#: beyond it they are computed again, chunk by chunk
+HEAD_BUDGET = 1 << 27
+
+
+def log_probs(model: nn.Module, batch: Batch, *, head_budget: int = HEAD_BUDGET) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of the targets of `batch` at its temperature.
+
+    Only positions that predict a target meet the output layer. Returns (logp [T], differentiable; entropy [T],
+    not differentiable), float32 or wider.
+    """
+    states = forward.hidden(model, batch.ids, batch.positions, SegmentAttention(batch.segments, batch.ids.device))
+    if getattr(forward.causal_lm(model).get_output_embeddings(), "bias", None) is not None:
+        raise OndolError("an output layer with a bias is not supported", "use a Llama, Qwen or Gemma model")
+    return _Head.apply(  # type: ignore[return-value]
+        states[batch.source], forward.head(model), batch.target, batch.temperature, forward.softcap(model), head_budget
+    )
+
+
+class SegmentAttention:
+    """Attention over packed segments: each sees its ancestors whole and itself causally."""
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        self.segments, self.device = segments, device
+        self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        gqa = q.shape[0] != k.shape[0]
+        out = []
+        for s in self.segments:
+            own, chain, parent = slice(s.start, s.end), [slice(s.start, s.end)], s.parent
+            while parent is not None:
+                chain.insert(0, slice(parent.start, parent.end))
+                parent = parent.parent
+            keys = k[:, own] if len(chain) == 1 else torch.cat([k[:, c] for c in chain], dim=1)
+            values = v[:, own] if len(chain) == 1 else torch.cat([v[:, c] for c in chain], dim=1)
+            new, total = s.end - s.start, keys.shape[1]
+            plain = len(chain) == 1 and (window is None or total <= window)
+            attended = scaled_dot_product_attention(
+                q[:, own].unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                attn_mask=None if plain else self._mask(new, total, window),
+                is_causal=plain,
+                scale=scale,
+                enable_gqa=gqa,
+            )
+            out.append(attended[0].transpose(0, 1))
+        return torch.cat(out)
+
+    def _mask(self, new: int, total: int, window: int | None) -> Tensor:
+        """Who sees whom, [new, total], for the last `new` of `total` positions."""
+        key = (new, total, window)
+        if key not in self.masks:
+            query = torch.arange(total - new, total, device=self.device).unsqueeze(-1)
+            at = torch.arange(total, device=self.device)
+            mask = at <= query
+            if window is not None:
+                mask &= at > query - window
+            self.masks[key] = mask
+        return self.masks[key]
+
+
+class _Head(torch.autograd.Function):
+    """logp = log softmax(states @ weight.T / temperature)[target], with one [rows, vocabulary] buffer at a time.
+
+    d logp / d logits = (onehot - p) / temperature: the backward pass needs only p, kept when it fits the budget and
+    recomputed otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, target: Tensor, temperature: float, cap: float | None, budget: int):
+        rows, vocabulary = states.shape[0], weight.shape[0]
+        chunk = max(1, min(rows, budget // vocabulary)) if rows else 1
+        keep = rows <= chunk
+        logp, entropy, kept = [], [], None
+        for at in range(0, rows, chunk):
+            z = _scaled_logits(states[at : at + chunk], weight, temperature, cap)
+            lse = z.logsumexp(dim=-1, keepdim=True)
+            z -= lse
+            logp.append(z.gather(-1, target[at : at + chunk].unsqueeze(-1)).squeeze(-1))
+            p = z.exp()
+            entropy.append(-torch.einsum("rv,rv->r", p, z.clamp_(min=-1e4)))
+            if keep:
+                kept = p
+        ctx.save_for_backward(states, weight, target, kept)
+        ctx.temperature, ctx.cap, ctx.chunk = temperature, cap, chunk
+        empty = torch.zeros(0, dtype=torch.float32, device=states.device)
+        both = (torch.cat(logp), torch.cat(entropy)) if rows else (empty, empty.clone())
+        ctx.mark_non_differentiable(both[1])
+        return both
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        states, weight, target, kept = ctx.saved_tensors
+        grad = grads[0]
+        d_states = torch.zeros_like(states)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for at in range(0, states.shape[0], ctx.chunk):
+            part = slice(at, at + ctx.chunk)
+            rows = states[part]
+            z = None
+            if kept is None or ctx.cap is not None:
+                z = _scaled_logits(rows, weight, ctx.temperature, ctx.cap)
+            p = kept if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
+            d = p * -grad[part].unsqueeze(-1)
+            d.scatter_add_(-1, target[part].unsqueeze(-1), grad[part].unsqueeze(-1))
+            d /= ctx.temperature
+            if ctx.cap is not None and z is not None:
+                d *= 1 - (z * ctx.temperature / ctx.cap) ** 2
+            d = d.to(rows.dtype)
+            d_states[part] = d @ weight
+            if d_weight is not None:
+                d_weight += d.T @ rows
+        return d_states, d_weight, None, None, None, None
+
+
+def _scaled_logits(states: Tensor, weight: Tensor, temperature: float, cap: float | None) -> Tensor:
+    z = states @ weight.T
+    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+    if cap is not None:
+        z = torch.tanh(z / cap) * cap
+    return z / temperature if temperature != 1 else z

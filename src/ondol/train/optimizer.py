@@ -1,0 +1,113 @@
+"""AdamW with float32 master weights where the model itself is in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ondol.parts import Part
+
+
+class OptimizerSettings(Part):
+    """AdamW. A stage may override the learning rate."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser updates")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_gradient_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this L2 norm")
+
+
+class Optimizer:
+    """AdamW over a model's trainable parameters.
+
+    Half-precision parameters get a float32 master copy: updates too small for bfloat16 would otherwise be lost.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.names, self.live = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+        self.masters = [p.detach().float().requires_grad_() if p.dtype in (torch.bfloat16, torch.float16) else p for p in self.live]
+        self.updates = 0
+        self._adam = torch.optim.AdamW(
+            self.masters,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def zero(self) -> None:
+        for p in self.live:
+            p.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of all gradients, float32 or wider, before clipping."""
+        grads = [p.grad for p in self.live if p.grad is not None]
+        if not grads:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g)) for g in grads]))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        s = self.settings
+        return s.learning_rate * min(1.0, (self.updates + 1) / s.warmup_steps) if s.warmup_steps else s.learning_rate
+
+    def step(self, norm: Tensor) -> None:
+        """Clip by `norm` (from `gradient_norm`) and update."""
+        scale = min(1.0, self.settings.max_gradient_norm / (float(norm) + 1e-6))
+        for master, live in zip(self.masters, self.live):
+            if live.grad is None:
+                master.grad = None
+                continue
+            if scale < 1:
+                live.grad.mul_(scale)
+            master.grad = live.grad if master is live else live.grad.float()
+        for group in self._adam.param_groups:
+            group["lr"] = self.learning_rate
+        self._adam.step()
+        self.updates += 1
+        with torch.no_grad():
+            for master, live in zip(self.masters, self.live):
+                if master is not live:
+                    live.copy_(master)
+                    master.grad = None
+        self.zero()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, as tensors by name."""
+        out = {"updates": torch.tensor(self.updates)}
+        for name, master, live in zip(self.names, self.masters, self.live):
+            if master is not live:
+                out[f"master/{name}"] = master.detach()
+            for key, value in self._adam.state.get(master, {}).items():
+                out[f"{key}/{name}"] = value
+        return out
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`, exactly."""
+        self.updates = int(state["updates"])
+        with torch.no_grad():
+            for name, master, live in zip(self.names, self.masters, self.live):
+                if master is not live:
+                    master.copy_(state[f"master/{name}"])
+                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in state]
+                if keys:
+                    self._adam.state[master] = {k: state[f"{k}/{name}"].to(master.device).clone() for k in keys}
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def finite(values: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(v).all()) for v in values)
+
+
