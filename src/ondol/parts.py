@@ -65,7 +65,9 @@ def find(room: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise OndolError(f"'{reference}' cannot be loaded: {e}", "check that the module is on PYTHONPATH and defines it") from e
+        raise OndolError(
+            f"'{reference}' cannot be loaded: {e}", "check that the module is on PYTHONPATH and defines it"
+        ) from e
 
 
 def make(room: str, table: dict[str, Any] | str, where: str = "") -> Any:

@@ -17,14 +17,17 @@ from ondol.models.lora import LoraSettings
 from ondol.parts import Part, explain, make
 from ondol.records import Message
 from ondol.tasks.base import Task
-from ondol.train.optimizer import OptimizerSettings
 
 
 class ModelSettings(Part):
     """Which model, and how it is held."""
 
-    path: str = Field("smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    path: str = Field(
+        "smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     chat: str | None = Field(None, description="chat format, where the tokenizer's template does not tell")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
@@ -35,7 +38,9 @@ class RolloutSettings(Part):
 
     max_batch: int = Field(64, ge=1, description="most sequences in the engine at once")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one trajectory")
-    overlap_tools: bool = Field(False, description="decode others while tools run; for slow tools. Off: exactly repeatable")
+    overlap_tools: bool = Field(
+        False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
+    )
     share_prefixes: bool = Field(True, description="compute common beginnings of prompts once")
 
 
@@ -55,7 +60,9 @@ class WarmStart(Part):
     temperature: float = Field(1.0, ge=0)
     examples: tuple[Example, ...] = Field((), description="messages of worked conversations, put before the question")
     keep_per_problem: int = Field(2, ge=1, description="most traces kept of one problem (the first accepted ones)")
-    trajectories: str | None = Field(None, description="imitate recorded trajectories (JSONL or a run) instead of sampling")
+    trajectories: str | None = Field(
+        None, description="imitate recorded trajectories (JSONL or a run) instead of sampling"
+    )
     epochs: int = Field(1, ge=1, description="passes over the kept traces")
     traces_per_update: int = Field(8, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
@@ -63,6 +70,18 @@ class WarmStart(Part):
     @property
     def messages(self) -> list[Message]:
         return [Message(e.role, e.content) for e in self.examples]
+
+
+class OptimizerSettings(Part):
+    """AdamW. A stage may override the learning rate."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser updates")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_gradient_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this L2 norm")
 
 
 class TrainSettings(Part):
@@ -76,7 +95,9 @@ class TrainSettings(Part):
     gradient_checkpointing: bool = Field(False, description="less memory for more compute")
     checkpoint_every_steps: int = Field(5, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    mismatch_warning: float = Field(1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32")
+    mismatch_warning: float = Field(
+        1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32"
+    )
 
 
 class EvaluateSettings(Part):
@@ -119,11 +140,17 @@ class Recipe(Part):
     def _possible(self) -> Recipe:
         group, least = self.train.samples_per_prompt, type(self.method).min_samples
         if self.train.steps and group < least:
-            raise ValueError(f"{type(self.method).__name__} compares samples of one prompt: train.samples_per_prompt must be at least {least}, not {group}")
+            raise ValueError(
+                f"{type(self.method).__name__} compares samples of one prompt: train.samples_per_prompt must be at least {least}, not {group}"
+            )
         if self.train.steps and self.method.minibatches > self.train.prompts_per_step:
-            raise ValueError(f"method.minibatches ({self.method.minibatches}) cannot exceed train.prompts_per_step ({self.train.prompts_per_step})")
+            raise ValueError(
+                f"method.minibatches ({self.method.minibatches}) cannot exceed train.prompts_per_step ({self.train.prompts_per_step})"
+            )
         if self.train.steps and self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: all samples of a prompt would be the same and nothing could be learned")
+            raise ValueError(
+                "sampling.temperature is 0: all samples of a prompt would be the same and nothing could be learned"
+            )
         if self.model.lora is not None and self.model.dtype == "float64":
             raise ValueError("lora with float64 is not supported")
         return self
@@ -182,7 +209,9 @@ def override(table: dict[str, Any], text: str) -> None:
         if isinstance(inner, str):  # a bare name stands for a table with that name
             inner = table[part] = {"name": inner}
         if not isinstance(inner, dict):
-            raise OndolError(f"--set {text}: '{part}' is not a table", "see the recipe's own keys with: ondol check RECIPE --json")
+            raise OndolError(
+                f"--set {text}: '{part}' is not a table", "see the recipe's own keys with: ondol check RECIPE --json"
+            )
         table = inner
     table[last] = value
 

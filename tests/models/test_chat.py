@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -175,6 +175,9 @@ def conversations(draw, with_calls=False, most_calls=2):
         out.append(Message("assistant", draw(answers)))
     if draw(st.booleans()):
         out.append(Message("user", draw(texts)))
+        if with_calls and draw(st.booleans()):
+            content = draw(st.sampled_from(["", "\n", "<think>\nhm\n</think>\n\n"]) | answers)
+            out.append(Message("assistant", content, tuple(draw(st.lists(calls, min_size=1, max_size=most_calls)))))
     return out
 
 
@@ -183,7 +186,7 @@ def test_conversations_equal_the_template(kind):
     tokenizer, renderer = setup(kind)
     assert renderer.family == KINDS[kind][5]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(conversations())
     def check(messages):
         assert renderer.prompt(messages) == reference(tokenizer, messages)
@@ -198,7 +201,7 @@ def test_tool_conversations_equal_the_template(kind):
     tokenizer, renderer = setup(kind)
     assert renderer.renders_tools == (kind in WITH_TOOLS)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(conversations(with_calls=True, most_calls=1 if kind.startswith("llama3_") else 2), tools)
     def check(messages, tools):
         assert renderer.prompt(messages, tools) == reference(tokenizer, messages, tools)
@@ -235,7 +238,7 @@ def test_an_observation_continues_the_ids(kind):
         roles = ["tool", "user"]
     news = st.lists(st.builds(Message, st.sampled_from(roles), texts), min_size=1, max_size=3)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(conversations().filter(lambda ms: ms[-1].role == "user"), turns, news)
     def check(messages, text, new):
         before = renderer.prompt(messages) + encode(text)
@@ -253,7 +256,7 @@ def test_contents_cannot_close_a_turn(kind):
     special = KINDS[kind][0]
     control = set(tokenizer.convert_tokens_to_ids(special))
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.sampled_from([*special, "a", " ", "\n", "<|", "온"]), min_size=1, max_size=6).map("".join))
     def check(text):
         for role in ("tool", "user"):
@@ -378,7 +381,7 @@ def test_calls_round_trip(family):
     renderer = renderers()[family]
     hard = st.sampled_from(["</tool_call>", "\n```", "```tool_code\n", '"}', "\\", "<tool_call>", "; {"]) | json_values
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.builds(ToolCall, texts.filter(bool), st.dictionaries(texts, hard, max_size=3)))
     def check(call):
         text = renderer.call_text(call)
@@ -420,7 +423,7 @@ def test_any_text_parses_without_an_exception(family):
         "[" * 3000,
     ]
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.sampled_from(bits) | st.text(max_size=5), max_size=12).map("".join))
     def check(text):
         for call in renderer.parse_calls(text):

@@ -170,7 +170,7 @@ print("go", flush=True)
 while True:
     n += 1
     def write(d):
-        for i in range(20):
+        for i in range(8):
             (d / f"part{i}").write_bytes(str(n).encode() * 2000)
         (d / "n").write_text(str(n))
     save_checkpoint(folder, f"step-{n % 5}", write)  # names come again: replacements are killed too
@@ -180,8 +180,9 @@ while True:
 
 def test_kill_9_while_saving_many_times(tmp_path):
     random.seed(0)
-    told_before = 0
-    for _ in range(15):
+    told_before = kills = 0
+    while kills < 15 or told_before <= 5:  # on a slow disk few saves fit between two kills
+        kills += 1
         child = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None and child.stdout.readline() == "go\n"
         time.sleep(random.uniform(0.01, 0.12))
@@ -194,8 +195,7 @@ def test_kill_9_while_saving_many_times(tmp_path):
             n = int((path / "n").read_text())
             # What `save_checkpoint` returned from is there; at most one more was finished but not yet told.
             assert promised <= n <= promised + 1
-            assert all((path / f"part{i}").read_bytes() == str(n).encode() * 2000 for i in range(20))
+            assert all((path / f"part{i}").read_bytes() == str(n).encode() * 2000 for i in range(8))
             told_before = n
-    assert told_before > 5
     save_checkpoint(tmp_path, "end", writer("end"), keep=2)
     assert len(names(tmp_path)) == 2 and latest_checkpoint(tmp_path) == tmp_path / "end"

@@ -21,7 +21,9 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-        drop = mass - ordered.softmax(dim=-1) >= sampling.top_p  # a token stays while the mass before it is short of top_p
+        drop = (
+            mass - ordered.softmax(dim=-1) >= sampling.top_p
+        )  # a token stays while the mass before it is short of top_p
         drop[:, 0] = False
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     if sampling.min_p > 0:

@@ -202,7 +202,9 @@ class TorchEngine:
                 last.append(len(ids) - 1)
         device = forward.head(self.model).device
         attend = _CachedAttention(self._cache, [(r.slot, r.cached, n) for r, n in batch], device)
-        states = forward.hidden(self.model, torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend)
+        states = forward.hidden(
+            self.model, torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend
+        )
         for row, new in batch:
             row.cached += new
         return states[torch.tensor(last, device=device, dtype=torch.long)]
@@ -218,7 +220,11 @@ class TorchEngine:
             u = torch.tensor([rows[i].uniforms[len(rows[i].out.ids)] for i in members], dtype=torch.float64)  # type: ignore[index,union-attr]
             picked = logits if len(kinds) == 1 else logits[torch.tensor(members, device=logits.device)]
             tokens, logp, truncated = sample(picked, sampling, u.to(logits.device))
-            columns = (tokens.tolist(), logp.tolist(), truncated.tolist() if truncated is not None else [None] * len(members))
+            columns = (
+                tokens.tolist(),
+                logp.tolist(),
+                truncated.tolist() if truncated is not None else [None] * len(members),
+            )
             for i, token, lp, lp_truncated in zip(members, *columns):
                 finish = self._append(rows[i], token, lp, lp_truncated)
                 if finish is not None:

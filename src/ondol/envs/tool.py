@@ -35,7 +35,7 @@ class ToolEnv(Env):
     @classmethod
     def _make_tools(cls, value: Any) -> tuple[Tool, ...]:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"a list of tools, e.g. [\"python\"]; known: {', '.join(names('tools'))}")
+            raise ValueError(f'a list of tools, e.g. ["python"]; known: {", ".join(names("tools"))}')
         return tuple(v if isinstance(v, Tool) else make("tools", v, "env.tools") for v in value)
 
     @model_validator(mode="after")
@@ -66,7 +66,10 @@ class ToolEnv(Env):
         if not self.tools:
             return None
         if self.calls == "tags":
-            usage = " ".join(f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>." for t in self.tools)
+            usage = " ".join(
+                f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>."
+                for t in self.tools
+            )
             return TAGS_TEXT.format(usage=usage)
         return renderer.tools_text(self.schemas(renderer)) or None
 
@@ -121,5 +124,3 @@ class _Episode:
         for session in self.sessions.values():
             await session.close()
         self.sessions.clear()
-
-

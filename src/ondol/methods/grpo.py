@@ -35,7 +35,9 @@ def group_advantages(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tenso
     return centred / (variance[index].sqrt() + eps)
 
 
-def clipped_ratio_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+def clipped_ratio_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """-min(r A, clip(r, 1 - low, 1 + high) A) per token, r = exp(logp - old_logp).
 
     All [T]. Returns (loss, ratio, clipped), `clipped` being 1.0 where the clip bites (the gradient is zero there).
@@ -70,7 +72,9 @@ class GRPO(Method):
 
     clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip offset; 0.2 as PPO's, which the paper keeps")
     clip_high: float = Field(0.2, gt=0, description="upper clip offset")
-    kl_coef: float = Field(0.04, ge=0, description="weight of the KL to the start of RL; 0.04 in the paper, section 4.1")
+    kl_coef: float = Field(
+        0.04, ge=0, description="weight of the KL to the start of RL; 0.04 in the paper, section 4.1"
+    )
     eps: float = Field(1e-4, ge=0, description="added to the group's std; not in the paper's formula, 1e-4 is common")
 
     @property

@@ -233,7 +233,7 @@ def convert(gguf: Path, folder: Path) -> None:
         value = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         part = name.split(".")[-2]
         tensors[name] = _unpermute(value, heads[part]) if part in heads else value
-    special = {f"{k}_token_id": int(get(f"tokenizer.ggml.{g}_token_id")) for k, g in _SPECIAL.items()}
+    special: dict[str, Any] = {f"{k}_token_id": int(get(f"tokenizer.ggml.{g}_token_id")) for k, g in _SPECIAL.items()}
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="float32",

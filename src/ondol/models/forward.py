@@ -42,9 +42,13 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if ondol_attend is None:
-        raise OndolError("this model's attention was switched by ondol", "call ondol.models.forward.hidden(), or load it anew")
+        raise OndolError(
+            "this model's attention was switched by ondol", "call ondol.models.forward.hidden(), or load it anew"
+        )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise OndolError("attention with soft-capping or sinks is not supported", "use a Llama, Qwen2/3 or Gemma 3 model")
+        raise OndolError(
+            "attention with soft-capping or sinks is not supported", "use a Llama, Qwen2/3 or Gemma 3 model"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = ondol_attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
     return out.unsqueeze(0), None

@@ -81,6 +81,7 @@ def load_model(
     say = progress or (lambda line: None)
     place = _device(device)
     number_type = _dtype(dtype, place)
+    model: Any
     if path == "tiny" or path.startswith("tiny:"):
         from ondol.models.tiny import tiny_from
 
@@ -278,11 +279,12 @@ def _load_weights(source: str, config: Any, dtype: torch.dtype, say: Callable[[s
 
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
     except Exception as e:
         raise _failed("the model", source, e) from e
+    model, report = loaded
     remedy = "use the config.json that belongs to these weights"
     if missing := sorted(report["missing_keys"]):
         raise OndolError(

@@ -7,14 +7,15 @@ transformers model with the same forward, config and attention.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from ondol.errors import OndolError
 from ondol.parts import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ADAPTER = "default"
 
@@ -38,6 +39,8 @@ def apply_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     state is neither used nor moved. Raises OndolError without peft, for targets that the model lacks, when the model
     has adapters already, and for a target whose weight is tied to another (merging it would undo the tie).
     """
+    import torch
+
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as e:
@@ -65,6 +68,8 @@ def apply_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
 def _check_targets(model: nn.Module, settings: LoraSettings) -> None:
     if settings.targets == "all-linear":
         return
+    from torch import nn
+
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
@@ -91,7 +96,6 @@ def has_lora(model: nn.Module) -> bool:
     return next(lora_layers(model), None) is not None
 
 
-@torch.no_grad()
 def merged(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict as if the adapters were added into their layers: the names and dtypes of the plain model.
 
@@ -107,7 +111,7 @@ def merged(model: nn.Module) -> dict[str, Tensor]:
         if owner in layers:
             if leaf == "weight":
                 # added in float32 and rounded once
-                delta = layers[owner].get_delta_weight(ADAPTER)
+                delta = layers[owner].get_delta_weight(ADAPTER).detach()
                 value = (value.float() + delta.float()).to(value.dtype)
             key = f"{owner}.{leaf}"
         state[key] = value

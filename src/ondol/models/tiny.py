@@ -85,6 +85,7 @@ def make_tiny(
             f"tiny model: heads = {heads} is not a multiple of kv_heads = {kv_heads}", "use kv_heads = heads"
         )
     tokenizer = character_tokenizer(characters, context)
+    ids: dict[str, Any] = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -94,10 +95,8 @@ def make_tiny(
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **ids,
     )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)

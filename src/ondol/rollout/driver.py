@@ -128,7 +128,9 @@ class _Rollout:
     async def _episode(self, problem: Problem, number: int, sample: int) -> Trajectory:
         plan, session = self.plan, self._id(number, sample)
         episode = plan.env.episode(plan.task, problem, session, self.renderer, plan.examples)
-        t = Trajectory((plan.step, number, sample), problem, [], 0, [], [], [], [], temperature=plan.sampling.temperature)
+        t = Trajectory(
+            (plan.step, number, sample), problem, [], 0, [], [], [], [], temperature=plan.sampling.temperature
+        )
         try:
             t.messages = await episode.reset()
             _extend(t, self.renderer.prompt(t.messages, self.schemas))

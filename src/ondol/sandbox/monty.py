@@ -32,7 +32,7 @@ from typing import Any
 from ondol.errors import OndolError
 from ondol.records import ToolResult
 
-MAX_WORKERS = 64  # worker processes that sessions may hold between their calls
+MAX_WORKERS = 128  # worker processes that sessions may hold between their calls
 CLOCK = datetime(2025, 1, 1, 12, 0, 0)
 RESTARTED = "(the interpreter was restarted: earlier variables are gone)"
 CUT = "\n...(truncated)...\n"
@@ -73,7 +73,7 @@ class MontySession:
         started = perf_counter()
         sink = CollectString(max_bytes=_OUTPUT_BYTES)
         try:
-            async with asyncio.timeout(TURN_S + self.timeout_s), self._lock, _turn():
+            async with asyncio.timeout(TURN_S + self.timeout_s), _turn(), self._lock:
                 kind, last = await self._call(code, sink)
         except TimeoutError:
             kind, last = "timeout", "TimeoutError: no sandbox was free"
@@ -136,7 +136,7 @@ class MontySession:
         head, tail = _split(code)
         if tail:
             try:
-                shown = f"{head}pass;_ = ({tail}\n)\n'' if _ is None else repr(_)"
+                shown = f"{head}pass;_ = ({tail}\n)\n'' if _ is None else f'{{_!r}}'"
                 return str(await self._live.feed_run(shown, print_callback=sink))
             except MontySyntaxError:  # not an expression; nothing has run yet
                 pass
@@ -214,7 +214,9 @@ class _Workers:
                 self.pid = os.getpid()
                 await pool.__aenter__()
             except (OSError, RuntimeError, MontyError) as e:
-                raise OndolError(f"the Python sandbox cannot start: {e}", "pip install --force-reinstall pydantic-monty") from e
+                raise OndolError(
+                    f"the Python sandbox cannot start: {e}", "pip install --force-reinstall pydantic-monty"
+                ) from e
             self._pool = self._pool or pool
         return self._pool
 

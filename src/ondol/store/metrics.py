@@ -56,6 +56,7 @@ for _entry in (
     Metric("eval/score_greedy", "share", "up", "mean score on held-out problems, most likely token each time"),
     Metric("eval/score_sampled", "share", "up", "mean score on held-out problems, sampled at the run's temperature"),
     Metric("eval/score_no_tool", "share", "up", "mean score on held-out problems without any tool, greedy"),
+    Metric("eval/error_*", "share", "down", "standard error of the score of the same name, over problems"),
     Metric("stop/*", "share", "none", "share of trajectories that ended for this reason"),
     Metric("tools/calls_per_trajectory", "calls", "none", "mean tool calls of a trajectory"),
     Metric("tools/error_share", "share", "down", "share of tool calls that failed, whatever the kind"),

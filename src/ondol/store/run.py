@@ -205,8 +205,9 @@ class _Lock:
 
     def __init__(self, run: Path) -> None:
         self.handle = -1
-        handle = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = -1
         try:
+            handle = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             # A reader asking whether a run is alive holds a shared lock for an instant: try again a few times.
             for attempt in range(10):
                 try:
@@ -223,9 +224,11 @@ class _Lock:
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         except BaseException as e:
-            os.close(handle)
+            if handle >= 0:
+                os.close(handle)
             if isinstance(e, OSError):
-                raise OndolError(f"{run} cannot be locked: {e}", "keep runs on a disk that supports file locks") from e
+                remedy = "keep runs where you may write, on a disk that supports file locks"
+                raise OndolError(f"{run} cannot be locked for writing: {e}", remedy) from e
             raise
         self.handle = handle
         _LOCKS.add(self)

@@ -86,7 +86,9 @@ def _wrong(tool: Tool, call: ToolCall) -> ToolResult | None:
     if call.error is not None:
         return ToolResult(f"Error: {call.error}", False, "bad_arguments")
     if call.name != tool.name:
-        return ToolResult(f"Error: there is no tool '{call.name}' ({nearest(call.name, [tool.name])})", False, "unknown_tool")
+        return ToolResult(
+            f"Error: there is no tool '{call.name}' ({nearest(call.name, [tool.name])})", False, "unknown_tool"
+        )
     for problem in _misfits(call.arguments, tool.parameters):
         return ToolResult(f"Error: {tool.name}: {problem}", False, "bad_arguments")
     return None

@@ -100,7 +100,12 @@ def _value(node: ast.expr) -> int | float:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         a, b = _value(node.left), _value(node.right)
         # Before it is computed: the bits of a power are the bits of its base times the exponent.
-        if isinstance(node.op, ast.Pow) and isinstance(a, int) and abs(a) > 1 and a.bit_length() * abs(b) > 2 * _MAX_BITS:
+        if (
+            isinstance(node.op, ast.Pow)
+            and isinstance(a, int)
+            and abs(a) > 1
+            and a.bit_length() * abs(b) > 2 * _MAX_BITS
+        ):
             raise ValueError("a number grows too large")
         try:
             return _bounded(_BINARY[type(node.op)](a, b))

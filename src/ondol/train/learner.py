@@ -136,7 +136,12 @@ class Learner:
         out |= {name: float(v) for name, v in totals.maxima.items()}
         out["mismatch/mean_abs"] = float(totals.sums.get("mismatch/mean_abs", torch.zeros(()))) / max(own, 1)
         out["mismatch/max_abs"] = out.pop("mismatch/abs_max", 0.0)
-        out |= {"loss": loss, "gradient/norm": float(norm), "learning_rate": rate, "learner/tokens": float(totals.tokens)}
+        out |= {
+            "loss": loss,
+            "gradient/norm": float(norm),
+            "learning_rate": rate,
+            "learner/tokens": float(totals.tokens),
+        }
         if own == 0:  # nothing here was sampled by the weights being trained: there is nothing to compare
             out.pop("mismatch/max_abs"), out.pop("mismatch/mean_abs")
         return out
@@ -149,7 +154,9 @@ class Learner:
         kept = method.keep(groups)
         trajectories: list[Trajectory] = [t for g in kept for t in g.trajectories]
         if not trajectories:
-            raise OndolError(f"the method's filters kept none of {len(groups)} groups", "loosen them, or give an easier task")
+            raise OndolError(
+                f"the method's filters kept none of {len(groups)} groups", "loosen them, or give an easier task"
+            )
         group = torch.tensor([i for i, g in enumerate(kept) for _ in g.trajectories])
         rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
         if not torch.isfinite(rewards).all():
@@ -204,7 +211,9 @@ class Learner:
         return {k: v for k, v in update.items() if not k.startswith("mismatch/")}
 
 
-def _method_loss(method: Method, logp: Tensor, batch: Batch, reference: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def _method_loss(
+    method: Method, logp: Tensor, batch: Batch, reference: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     cast = {"dtype": logp.dtype, "device": logp.device}
     return method.token_loss(
         TokenInputs(logp, batch.logp.to(**cast), reference, batch.advantage.to(**cast), batch.sequence)

@@ -83,7 +83,9 @@ class _Head(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, target: Tensor, temperature: float, cap: float | None, budget: int):
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, target: Tensor, temperature: float, cap: float | None, budget: int
+    ):
         rows, vocabulary = states.shape[0], weight.shape[0]
         chunk = max(1, min(rows, budget // vocabulary)) if rows else 1
         keep = rows <= chunk

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from ondol.parts import Part
-
-
-class OptimizerSettings(Part):
-    """AdamW. A stage may override the learning rate."""
-
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser updates")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    max_gradient_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this L2 norm")
+from ondol.recipe import OptimizerSettings
 
 
 class Optimizer:
@@ -32,7 +17,9 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
         self.settings = settings
         self.names, self.live = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-        self.masters = [p.detach().float().requires_grad_() if p.dtype in (torch.bfloat16, torch.float16) else p for p in self.live]
+        self.masters = [
+            p.detach().float().requires_grad_() if p.dtype in (torch.bfloat16, torch.float16) else p for p in self.live
+        ]
         self.updates = 0
         self._adam = torch.optim.AdamW(
             self.masters,
@@ -105,9 +92,3 @@ class Optimizer:
 
 def _wide(t: Tensor) -> torch.dtype:
     return t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def finite(values: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(v).all()) for v in values)
-
-

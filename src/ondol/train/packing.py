@@ -83,12 +83,32 @@ def _batch(families: list[list[Sequence_]]) -> Batch:
                 source = root.end - 1 if at == start and root is not None else segment.start + at - start - 1
                 weight = s.weight if t.trained[at] else 0.0
                 rows.append(
-                    (source, t.ids[at], s.index, t.sampled[at], t.trained[at], t.logp[at], t.version[at], s.advantage, weight)
+                    (
+                        source,
+                        t.ids[at],
+                        s.index,
+                        t.sampled[at],
+                        t.trained[at],
+                        t.logp[at],
+                        t.version[at],
+                        s.advantage,
+                        weight,
+                    )
                 )
             ids += t.ids[start:]
             positions += range(start, len(t.ids))
     columns = list(zip(*rows)) if rows else [()] * 9
-    kinds = (torch.long, torch.long, torch.long, torch.bool, torch.bool, torch.float64, torch.long, torch.float64, torch.float64)
+    kinds = (
+        torch.long,
+        torch.long,
+        torch.long,
+        torch.bool,
+        torch.bool,
+        torch.float64,
+        torch.long,
+        torch.float64,
+        torch.float64,
+    )
     source, target, sequence, sampled, trained, logp, version, advantage, weight = (
         torch.tensor(c, dtype=k) for c, k in zip(columns, kinds)
     )

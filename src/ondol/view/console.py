@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -28,6 +28,8 @@ _LABELS = {
     "eval/score_sampled": "sampled",
     "loss/sft": "loss",
     "warm_start/accepted_share": "accepted",
+    "policy/entropy": "entropy",
+    "gradient/norm": "gradient",
 }
 _PLAIN_EVERY_S = 1.0
 _now = time.monotonic
@@ -54,7 +56,7 @@ class Progress:
         self.total_steps = total_steps
         self._live: Live | None = None
         self._lock = threading.RLock()
-        self._name, self._total, self._done, self._first_done = "", total_steps, 0, 0
+        self._name, self._total, self._done, self._first_done = "", total_steps, 0.0, 0.0
         self._values: dict[str, float] = {}
         self._start = self._phase_start = _now()
         self._finished: set[str] = set()
@@ -89,17 +91,17 @@ class Progress:
             if self._total and name in self.weights:
                 self._skipped += self.weights[name] * done / self._total / sum(self.weights.values())
             self._printed_at = -math.inf
-            self._refresh()
+        self._refresh()
 
-    def advance(self, steps: int = 1, /, **values: float) -> None:
-        """`steps` more are done; `values` are the current numbers under their metric names (`**metrics`)."""
+    def advance(self, steps: float = 1, /, **values: float) -> None:
+        """`steps` (or part of one) more are done; `values` are the current numbers under their metric names (`**metrics`)."""
         with self._lock:
             self._done += steps
             self._values.update(values)
             self._unprinted = True
-            self._refresh()
             if self._live is None and _now() - self._printed_at >= _PLAIN_EVERY_S:
                 self._flush()
+        self._refresh()
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -109,7 +111,7 @@ class Progress:
         """Anything rich can draw, above the bar."""
         with self._lock:
             self._flush()
-            self.console.print(renderable, soft_wrap=isinstance(renderable, Text) and self._live is None)
+        self.console.print(renderable, soft_wrap=isinstance(renderable, Text) and self._live is None)
 
     def eta(self) -> tuple[float, bool] | None:
         """(seconds left, whether of the whole run or only of this phase); None while it cannot be known."""
@@ -135,15 +137,21 @@ class Progress:
         self._unprinted = False
 
     def _refresh(self) -> None:
-        if self._live is not None and self._total and self._done >= self._total:
-            self._live.refresh()  # the last state of a phase is always seen
+        """Make sure that the last state of a phase is seen.
+
+        Never called under our lock: rich draws under its own and then asks for ours, so the other order could hang.
+        """
+        live = self._live
+        if live is not None and self._total and self._done >= self._total - 1e-6:
+            live.refresh()
 
     def _head(self) -> Text:
-        count = f"{self._done}/{self._total}" if self._total else f"{self._done}"
-        words = [Text(safe_text(self._name), "bold"), Text(count), Text(duration(_now() - self._start))]
+        done = int(self._done + 1e-6)
+        count = f"{done}/{self._total}" if self._total else f"{done}"
+        words = [Text(safe_text(self._name), "bold"), Text(count), Text(f"{duration(_now() - self._start)} so far")]
         eta = self.eta()
-        if eta is not None and not (self._total and self._done >= self._total and not eta[1]):
-            words.append(Text(f"{duration(eta[0])} left" + ("" if eta[1] else " of this phase")))
+        if eta is not None and eta[0] > 0:
+            words.append(Text(f"{duration(eta[0])} left" + ("" if eta[1] else " in this phase")))
         return Text("  ").join(word for word in words if word)
 
     def _current(self) -> Text:
@@ -152,12 +160,13 @@ class Progress:
     def _draw(self) -> RenderableType:
         with self._lock:
             width = max(10, min(40, self.console.width - 4))
-            parts: list[RenderableType] = [self._head()]
+            grid = Table.grid()  # a bar alone ends without a new line; in a grid each has its own
+            grid.add_row(self._head())
             if self._total:
-                parts.append(ProgressBar(total=self._total, completed=min(self._done, self._total), width=width))
+                grid.add_row(ProgressBar(total=self._total, completed=min(self._done, self._total), width=width))
             if self._values:
-                parts.append(self._current())
-            return Group(*parts)
+                grid.add_row(self._current())
+            return grid
 
 
 def duration(seconds: float) -> str:

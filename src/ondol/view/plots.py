@@ -43,6 +43,9 @@ class _Series(NamedTuple):
     values: np.ndarray  # [n], NaN where nothing finite was recorded
 
 
+_RUNGS = {"warm": "after warm start", "after": "after RL"}  # phases of evaluation, as people call them
+
+
 def plot_run(run: Run, path: Path) -> Path:
     """Draw a run as a PNG of 1200 x 800 pixels. What was not recorded is left open and said so.
 
@@ -111,7 +114,7 @@ def _draw_score(ax: Axes, rows: Sequence[MetricRow], phase: str, series: dict[st
             top = max(value, notes.get(x, (where, -1.0))[1])
             notes[x] = (where, top)
     for x, (where, top) in notes.items():
-        text = where.replace("_", " ").replace(" ", "\n", 1 if len(where) > 9 else 0)
+        text = _RUNGS.get(where, where).replace("_", " ").replace(" ", "\n", 1 if len(where) > 9 else 0)
         ax.annotate(text, (x, top), (0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=8.5)
         ax.axvline(x, color=_GREY, lw=0.7, ls=":", zorder=0)
     ax.set_ylim(-0.02, 1.18)
@@ -119,7 +122,7 @@ def _draw_score(ax: Axes, rows: Sequence[MetricRow], phase: str, series: dict[st
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     low, high = ax.get_xlim()
     ax.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-    _step_ticks(ax, keep_from=min((s for line in series.values() for s in line.steps), default=0))
+    _step_ticks(ax, keep_from=0)
     _legend(ax, columns=5)
 
 

@@ -59,8 +59,9 @@ def render_trajectory(trajectory: Trajectory, tokenizer: Any = None, fold_charac
     parts = [Rule(style=DIM), _title(trajectory)]
     body = _from_ids(trajectory, tokenizer) if tokenizer is not None else _from_messages(trajectory)
     for heading, role, text, style in body:
-        parts.append(Text(safe_text(heading), style=_ROLE.get(role, "bold"), overflow="fold"))
-        if text or role != "assistant":
+        if heading:
+            parts.append(Text(safe_text(heading), style=_ROLE.get(role, "bold"), overflow="fold"))
+        if text:
             parts.append(_text(text, style, fold_characters))
     if "error" in trajectory.info:
         parts.append(_text(f"error: {trajectory.info['error']}", "bold red", fold_characters))

@@ -1,0 +1,155 @@
+"""The command line. Parsing is here and light; each command's work is in its own file, imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import ondol
+
+_EPILOG = """examples:
+  ondol check arithmetic                      is this recipe right? nothing is loaded
+  ondol train arithmetic                      train, watch, and see before and after
+  ondol train my.toml --set train.steps=20    one setting changed
+  ondol resume last                           go on where a run stopped
+  ondol show last --trajectories 3            what the model wrote, what the tools answered
+  ondol chat last                             talk to the trained model, with its tools
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    p = argparse.ArgumentParser(
+        prog="ondol",
+        description="Train, evaluate and reshape language-model agents with reinforcement learning.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="version", version=f"ondol {ondol.__version__}")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, module: str, text: str, example: str) -> argparse.ArgumentParser:
+        c = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        c.set_defaults(module=module)
+        c.add_argument("--json", action="store_true", help="print one JSON document instead of text for people")
+        return c
+
+    def recipe(c: argparse.ArgumentParser) -> None:
+        c.add_argument("recipe", help="a TOML file, or the name of a recipe that comes with Ondol")
+        c.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting, e.g. train.steps=20"
+        )
+
+    def run(c: argparse.ArgumentParser, text: str = "a run: its folder, name, a unique part of it, or 'last'") -> None:
+        c.add_argument("run", help=text)
+
+    def root(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--runs", default=None, metavar="DIR", help="folder of runs (default: $ONDOL_RUNS, else ./runs)")
+
+    c = command(
+        "check", "check", "check a recipe whole, without loading a model", "ondol check arithmetic --set train.steps=3"
+    )
+    recipe(c)
+
+    c = command("train", "train", "run a recipe", "ondol train arithmetic --set seed=1")
+    recipe(c)
+    root(c)
+    c.add_argument("--rollout-only", action="store_true", help="sample and record trajectories; change no weights")
+    c.add_argument("--from-dump", metavar="FILE|RUN", help="train on recorded trajectories instead of sampling")
+
+    c = command("resume", "train", "go on with a run that was stopped or killed", "ondol resume last")
+    run(c)
+    root(c)
+
+    c = command(
+        "evaluate",
+        "evaluate",
+        "score a run's model, or a recipe's, on held-out problems",
+        "ondol evaluate last --problems 100",
+    )
+    run(c, "a run, or a recipe (then its model as it is before any training)")
+    root(c)
+    c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
+    c.add_argument("--problems", type=int, default=None, help="how many held-out problems")
+    c.add_argument("--samples", type=int, default=None, help="sampled answers per problem")
+    c.add_argument("--endpoint", metavar="URL", help="score a model behind an OpenAI-compatible server instead")
+    c.add_argument("--endpoint-model", metavar="NAME", default="default", help="the model's name at that server")
+
+    c = command(
+        "chat", "chat", "talk to a run's model, with its tools", 'ondol chat last --ask "What is 47 * 76 + 29?"'
+    )
+    run(c, "a run, or a recipe (then its model before any training)")
+    root(c)
+    c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
+    c.add_argument(
+        "--ask", action="append", default=[], metavar="TEXT", help="ask this and print the answer instead of a dialogue"
+    )
+    c.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    c.add_argument("--seed", type=int, default=0)
+
+    c = command("runs", "runs", "list runs", "ondol runs")
+    root(c)
+
+    c = command(
+        "show",
+        "show",
+        "what a run did: ladder, metrics, trajectories, plot",
+        "ondol show last --trajectories 2 --wrong",
+    )
+    run(c)
+    root(c)
+    c.add_argument("--trajectories", type=int, default=0, metavar="N", help="also N trajectories in full")
+    c.add_argument(
+        "--phase", default=None, help="of this phase only (before/greedy, warm_start, rl, after/sampled ...)"
+    )
+    c.add_argument("--step", type=int, default=None, help="of this step only")
+    c.add_argument("--wrong", action="store_true", help="only trajectories that failed")
+    c.add_argument("--plot", metavar="FILE.png", help="write the curves there")
+
+    c = command(
+        "export",
+        "export",
+        "write a run's records, or its model, for other programs",
+        "ondol export last trajectories -o t.jsonl",
+    )
+    run(c)
+    c.add_argument(
+        "what",
+        choices=("trajectories", "metrics", "events", "model"),
+        help="JSON lines; 'model' is a folder that transformers loads",
+    )
+    c.add_argument("-o", "--output", required=True, metavar="PATH", help="file (folder for 'model') to write")
+    root(c)
+
+    command("doctor", "doctor", "what this machine and installation can do", "ondol doctor")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done, 1 a mistake that the message explains, 130 stopped by the user."""
+    args = parser().parse_args(argv)
+    from ondol.errors import OndolError
+
+    try:
+        return importlib.import_module(f"ondol.cli.{args.module}").run(args)
+    except OndolError as e:
+        if args.json:
+            import json
+
+            print(json.dumps({"error": e.what, "remedy": e.remedy}))
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        sys.stderr.close()
+        return 0

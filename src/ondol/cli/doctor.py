@@ -1,0 +1,81 @@
+"""`ondol doctor`: what this machine and installation can do."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import platform
+from argparse import Namespace
+from typing import Any
+
+from rich.console import Console
+
+from ondol.cli._common import print_json
+from ondol.errors import OndolError
+from ondol.view.console import table
+
+_EXTRAS = {"peft": "lora", "reasoning_gym": "tasks", "math_verify": "tasks", "openai": "endpoint"}
+
+
+def run(args: Namespace) -> int:
+    rows: list[dict[str, Any]] = [{"what": "python", "state": "ok", "detail": platform.python_version()}]
+    rows += _torch()
+    rows += [_model(), _sandbox()]
+    for module, extra in _EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        rows.append(
+            {
+                "what": module,
+                "state": "ok" if there else "absent",
+                "detail": "" if there else f"pip install 'ondol[{extra}]'",
+            }
+        )
+    bad = [r for r in rows if r["state"] == "failed"]
+    if args.json:
+        print_json({"ok": not bad, "checks": rows})
+    else:
+        Console().print(table(rows, ["what", "state", "detail"]))
+    return 1 if bad else 0
+
+
+def _torch() -> list[dict[str, Any]]:
+    import torch
+
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    rows = [{"what": "torch", "state": "ok", "detail": f"{torch.__version__}, {threads}"}]
+    if torch.cuda.is_available():
+        rows.append({"what": "gpu", "state": "ok", "detail": torch.cuda.get_device_name(0)})
+    else:
+        rows.append({"what": "gpu", "state": "absent", "detail": "training runs on the CPU"})
+    return rows
+
+
+def _model() -> dict[str, Any]:
+    from ondol.models import bundled
+
+    folder = bundled.cache_root()
+    made = sorted(p.name for p in folder.glob("**/config.json")) if folder.exists() else []
+    detail = str(folder) if made else "fetched and converted at first use"
+    return {"what": f"model {bundled.NAME}", "state": "ok" if made else "absent", "detail": detail}
+
+
+def _sandbox() -> dict[str, Any]:
+    from ondol.records import ToolCall
+    from ondol.tools.base import call_tool
+    from ondol.tools.python import Python
+
+    async def probe() -> str:
+        tool = Python()
+        session = tool.session("doctor")
+        try:
+            return (await call_tool(session, tool, ToolCall("python", {"code": "6 * 7"}))).text
+        finally:
+            await session.close()
+
+    try:
+        answer = asyncio.run(probe())
+    except OndolError as e:
+        return {"what": "python sandbox", "state": "failed", "detail": str(e)}
+    state = "ok" if answer.strip() == "42" else "failed"
+    return {"what": "python sandbox", "state": state, "detail": f"Monty, separate process; 6 * 7 gave {answer.strip()}"}

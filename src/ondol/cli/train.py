@@ -1,0 +1,183 @@
+"""`ondol train` and `ondol resume`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ondol.cli._common import ladder, load, print_json, runs_root
+from ondol.errors import OndolError
+from ondol.recipe import Recipe, load_recipe, to_table
+from ondol.records import Trajectory
+from ondol.store import Run
+from ondol.train.report import Reporter
+from ondol.view.console import Progress, before_after_table
+from ondol.view.trajectory import render_trajectory
+
+_TITLES = {
+    "before": "evaluating before training",
+    "warm_start": "warm start: own traces",
+    "sft": "warm start: imitating them",
+    "warm": "evaluating after the warm start",
+    "rl": "reinforcement learning",
+    "after": "evaluating after training",
+}
+_QUIET = ("eval/error_greedy", "eval/error_sampled")
+_SHOWN = (
+    "score/mean", "reward/mean", "rollout/tokens_per_s", "learner/tokens_per_s", "policy/entropy", "gradient/norm",
+    "loss/sft", "warm_start/accepted_share", "eval/score_no_tool", "eval/score_greedy", "eval/score_sampled",
+)  # fmt: skip
+
+
+class ConsoleReporter(Reporter):
+    """Shows a run to a person."""
+
+    def __init__(self, console: Console, every: int = 3) -> None:
+        self.console, self.every = console, every
+        self.progress = Progress(console=console)
+        self._name, self._steps, self._part = "", 0, 0.0
+
+    def __enter__(self) -> ConsoleReporter:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.__exit__(*error)
+
+    def plan(self, stages: list[tuple[str, float]]) -> None:
+        self.progress.weights = {_TITLES.get(name, name): work for name, work in stages if work > 0}
+
+    def stage(self, name: str, total: int) -> None:
+        self._name, self._steps, self._part = name, 0, 0.0
+        self.progress.phase(_TITLES.get(name, name), total)
+
+    def advance(self, part: float, values: dict[str, float]) -> None:
+        if part < 1:
+            step = min(part, 0.95 - self._part)  # the rest comes when the step is really complete
+            self._part += max(step, 0.0)
+            self.progress.advance(max(step, 0.0))
+            return
+        self._steps += 1
+        shown = {k: v for k, v in values.items() if k in _SHOWN or k.startswith("stop/")}
+        self.progress.advance(1 - self._part, **shown)
+        self._part = 0.0
+
+    def trajectory(self, title: str, trajectory: Trajectory) -> None:
+        if self._name == "rl" and self._steps % self.every:
+            return
+        self.progress.show(Text(f"-- {title} --", style="bold"))
+        self.progress.show(render_trajectory(trajectory))
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        self.progress.note(f"warning: {text}")
+
+
+def run(args: Namespace) -> int:
+    if args.command == "resume":
+        folder = Run.find(runs_root(args), args.run)
+        opened = Run.open(folder, write=True)
+        recipe, options = load_recipe(opened.recipe), opened.db.meta("options", {})
+        if opened.state == "finished":
+            opened.close()
+            raise OndolError(f"{folder.name} is finished", f"see it with: ondol show {folder.name}")
+    else:
+        recipe = load_recipe(args.recipe, args.set)
+        recipe.task.check(4)
+        dump = (
+            str(Path(args.from_dump).resolve()) if args.from_dump and Path(args.from_dump).exists() else args.from_dump
+        )
+        options = {"rollout_only": args.rollout_only, "dump": dump}
+        opened = Run.create(runs_root(args), recipe.name, to_table(recipe))
+        opened.db.set_meta("options", options)
+    console = Console(stderr=args.json)
+    with opened:
+        return _train(args, opened, recipe, options, console)
+
+
+def _train(args: Namespace, opened: Run, recipe: Recipe, options: dict[str, Any], console: Console) -> int:
+    from ondol.train.loop import Trainer
+
+    console.print(Text(f"run folder: {opened.path}"))
+    dump = options.get("dump")
+    if dump and not Path(dump).exists():
+        dump = str(Run.find(runs_root(args), dump))
+    try:
+        loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
+        with ConsoleReporter(console) as reporter:
+            trainer = Trainer(
+                recipe, opened, loaded, reporter=reporter, rollout_only=options.get("rollout_only", False), dump=dump
+            )
+            state = trainer.train()
+    except BaseException:
+        if opened.db.meta("state") == "created":
+            opened.state = "failed"
+        raise
+    if state == "stopped":
+        console.print(Text(f"stopped and saved. Go on with: {_command()} resume {opened.name}"))
+        return 130
+    summary = finish(opened, console)
+    if args.json:
+        print_json(summary)
+    return 0
+
+
+def finish(run: Run, console: Console) -> dict[str, Any]:
+    """What a person sees at the end; the same as data."""
+    from ondol.view.plots import plot_run
+
+    rows = ladder(run)
+    plot = plot_run(run, run.path / "curves.png")
+    pair = before_and_after(run)
+    if rows:
+        console.print()
+        console.print(before_after_table([{**r, "no tool": r.get("no_tool")} for r in rows]))
+        n = len(run.db.trajectory_rows(phase="before/greedy")) or len(run.db.trajectory_rows(phase="after/greedy"))
+        console.print(Text(f"scores on {n} held-out problems; one greedy and the sampled answers to each", style="dim"))
+    for title, trajectory in pair:
+        console.print()
+        console.print(Text(f"the same question, {title}:", style="bold"))
+        console.print(render_trajectory(trajectory))
+    console.print()
+    console.print(Text(f"run folder  {run.path}"))
+    console.print(Text(f"curves      {plot}"))
+    console.print(Text(f"model       {run.path / 'model'}"))
+    name = run.name
+    console.print(Text("try next"))
+    for line in (f'chat {name} --ask "What is 58 * 83 + 77?"', f"show {name} --trajectories 3", "runs"):
+        console.print(Text(f"  {_command()} {line}"))
+    return {
+        "run": str(run.path),
+        "state": run.state,
+        "ladder": rows,
+        "curves": str(plot),
+        "metrics": run.db.last_metrics(),
+    }
+
+
+def before_and_after(run: Run) -> list[tuple[str, Trajectory]]:
+    """The first held-out problem that training turned from wrong to right (else the first), as answered then and now."""
+    before = {t.problem.id: t for t in run.db.trajectories(phase="before/greedy")}
+    after = list(run.db.trajectories(phase="after/greedy"))
+    for t in [t for t in after if t.score > before.get(t.problem.id, t).score] or after[:1]:
+        if t.problem.id in before:
+            return [("before", before[t.problem.id]), ("after", t)]
+    return []
+
+
+def _command() -> str:
+    """How the user called us, so that what is printed can be pasted."""
+    first = sys.argv[0]
+    return (
+        os.path.relpath(first)
+        if first.endswith("/ondol") and os.path.dirname(first) not in os.environ.get("PATH", "").split(":")
+        else "ondol"
+    )

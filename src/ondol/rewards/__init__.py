@@ -1,0 +1,1 @@
+"""Verifiers: how right a response is, in [0, 1]."""

@@ -1,0 +1,1 @@
+"""Where problems come from. Every task scores responses and checks itself without a model."""

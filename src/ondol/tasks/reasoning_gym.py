@@ -1,0 +1,127 @@
+"""Any task of the package reasoning-gym, by its name there."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ondol.errors import OndolError, nearest
+from ondol.records import Problem
+from ondol.rewards.base import marked_answer
+from ondol.rewards.numeric import last_match
+from ondol.tasks.base import DrawnTask
+
+_FAR = 2**31 - 2  # items drawn from, where a dataset makes any item on demand
+_NEAR = 4096  # items drawn from, where it prepares a list of them beforehand
+_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")
+
+#: Where a dataset has several right answers it may leave `answer` empty and keep an example in its metadata.
+_EXAMPLES = ("example_correct_answer", "example_answer", "possible_answer")
+
+
+class ReasoningGym(DrawnTask):
+    """Items and scores are reasoning-gym's own; the score is clamped to [0, 1].
+
+    What is scored is the part of a response inside the last `<answer>...</answer>` or `\\boxed{}`. Without a mark it is
+    the whole response where the gold answer has several lines, the last number where that is a number, and else the
+    last line that is not empty.
+    """
+
+    dataset: str = Field(description="name of the dataset, e.g. 'chain_sum'")
+    options: dict[str, Any] = Field(default={}, description="the dataset's own settings (its size and seed are ours)")
+
+    @model_validator(mode="after")
+    def _known(self) -> ReasoningGym:
+        for key in ("seed", "size"):
+            if key in self.options:
+                raise ValueError(f"options.{key}: it is set by the task")
+        _source(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
+        return self
+
+    def draw(self, random: Random) -> Problem:
+        item = random.randrange(_items(self.dataset, self._options))
+        entry = _entry(self.dataset, self._options, item)
+        return Problem("", entry["question"], _answer(entry), {"item": item})
+
+    def score(self, problem: Problem, response: str) -> float:
+        entry = _entry(self.dataset, self._options, problem.data["item"])
+        given = _extract(response, problem.answer)
+        if not given:
+            return 0.0
+        try:
+            score = float(_source(self.dataset, self._options).score_answer(given, entry))
+        except Exception:  # scorers trust their input's form; what they choke on is not an answer
+            return 0.0
+        return min(max(score, 0.0), 1.0) if score == score else 0.0
+
+    def gold(self, problem: Problem) -> str:
+        if not problem.answer:
+            raise OndolError(
+                f"reasoning-gym's '{self.dataset}' gives no gold answers", "it can be trained on, but not checked"
+            )
+        return problem.answer
+
+    def near_misses(self, problem: Problem) -> list[str]:
+        return ["", "<answer></answer>", "<answer>?!</answer>", "I do not know"]
+
+    @property
+    def _options(self) -> str:
+        return json.dumps(self.options, sort_keys=True)
+
+
+# Kept here rather than in the task: a task must stay plain data that can be sent to another process.
+@lru_cache(maxsize=64)
+def _source(dataset: str, options: str) -> Any:
+    """The dataset `dataset`, with the settings `options` (JSON)."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as e:
+        raise OndolError("this task needs the package reasoning-gym", "pip install 'ondol[tasks]'") from e
+    if dataset not in DATASETS:
+        raise OndolError(f"reasoning-gym has no dataset '{dataset}'", nearest(dataset, DATASETS))
+    try:
+        return reasoning_gym.create_dataset(dataset, seed=0, size=_NEAR, **json.loads(options))
+    except (TypeError, AssertionError, ValueError) as e:
+        raise ValueError(f"options of '{dataset}': {e}") from e
+
+
+@lru_cache(maxsize=64)
+def _items(dataset: str, options: str) -> int:
+    try:
+        _source(dataset, options)[_FAR]
+    except IndexError:
+        return _NEAR
+    return _FAR
+
+
+@lru_cache(maxsize=4096)
+def _entry(dataset: str, options: str, item: int) -> dict[str, Any]:
+    # Made again from its number when it is scored: metadata need not survive a trip through JSON.
+    return _source(dataset, options)[item]
+
+
+def _answer(entry: dict[str, Any]) -> str:
+    """The gold answer as text, "" where the dataset gives none."""
+    for answer in (entry["answer"], *(entry["metadata"].get(key) for key in _EXAMPLES)):
+        if answer is not None:
+            return answer if isinstance(answer, str) else json.dumps(answer)
+    return ""
+
+
+def _extract(response: str, gold: str) -> str:
+    marked = marked_answer(response)
+    if marked is not None:
+        return marked
+    if "\n" in gold:
+        return response.strip("\n")
+    if _NUMBER.fullmatch(gold):
+        match = last_match(response)
+        return "" if match is None else (match["sign"] or "").replace("−", "-") + match["top"].replace(",", "")
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,0 +1,529 @@
+"""The loop: evaluate, warm start, evaluate, reinforce, evaluate; with checkpoints between, and exact resume.
+
+A run is a list of stages, a stage a number of steps. A step depends only on the weights, the optimiser's state, its own
+number and what earlier stages recorded; it is written to the run's database in one transaction, and checkpoints hold
+(stage, step). Resuming forgets whatever came after the last checkpoint and does it again, with the same result.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ondol.engines.base import Sampling
+from ondol.engines.torch import TorchEngine
+from ondol.errors import OndolError
+from ondol.evaluate import evaluate, greedy, held_out
+from ondol.models.load import LoadedModel
+from ondol.models.save import load_weights, save_model, weights
+from ondol.recipe import Recipe
+from ondol.records import Group, Message, Problem, Trajectory
+from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.store import Run, latest_checkpoint, save_checkpoint
+from ondol.train.dump import read_trajectories
+from ondol.train.interrupt import Interrupt, Interrupted
+from ondol.train.learner import Learner, NotFinite, dump_batch
+from ondol.train.optimizer import Optimizer
+from ondol.train.report import Reporter
+
+#: first number after the run's seed in every random stream, so that no two uses share one
+PHASES = {"rl": 0, "warm_start": 1, "sft": 2, "evaluate": 3, "order": 4}
+
+
+@dataclass
+class Stage:
+    """A number of steps of one kind. `trains` tells whether they change the weights; `work` is a guess for the ETA."""
+
+    name: str
+    steps: int
+    step: Callable[[int], None]
+    trains: bool = False
+    work: float = 1.0
+
+
+class Trainer:
+    """Runs a recipe in a run folder.
+
+    Args:
+        recipe, run, loaded: what, where, on which model.
+        reporter: hears of progress.
+        rollout_only: sample and record, but update nothing.
+        dump: trajectories by step to train on instead of sampling.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        loaded: LoadedModel,
+        *,
+        reporter: Reporter | None = None,
+        rollout_only: bool = False,
+        dump: str | None = None,
+    ) -> None:
+        self.recipe, self.run, self.loaded = recipe, run, loaded
+        self.reporter = reporter or Reporter()
+        self.interrupt = Interrupt()
+        self.rollout_only = rollout_only
+        self.dump = read_trajectories(dump) if dump else None
+        self.engine = make_engine(recipe, loaded)
+        self.learner: Learner | None = None
+        self.version = 0
+        self.problems = held_out(recipe.task, recipe.evaluate.problems)
+        self.stages = self._stages()
+        self.done = (-1, 0)  # (index of the stage, steps of it) that the weights now reflect
+        self.saved: tuple[int, int] | None = None
+
+    def train(self) -> str:
+        """Do what is left to do. Returns the run's state: "finished" or "stopped" (interrupted; resumable)."""
+        self.run.state = "running"
+        try:
+            with self.interrupt:
+                self._restore()
+                self._check_prompts()
+                self.reporter.plan([(s.name, s.work) for s in self.stages])
+                for index, stage in enumerate(self.stages):
+                    if index >= self.done[0]:
+                        self._run_stage(index, stage)
+                if not self.rollout_only:
+                    self.reporter.note("writing the model")
+                    save_model(self.loaded, self.run.path / "model")
+        except Interrupted:
+            self._save()
+            self.run.state = "stopped"
+            return "stopped"
+        except NotFinite as e:
+            self.run.state = "failed"
+            if e.batch is not None:
+                path = (
+                    self.run.path
+                    / f"bad-batch-{self.stages[max(self.done[0], 0)].name}-{self.done[1] + 1:06d}.safetensors"
+                )
+                dump_batch(e.batch, path)
+                raise OndolError(
+                    f"{e.what} at step {self.done[1] + 1} of {self.run.name}; the batch is in {path}", e.remedy
+                ) from e
+            raise
+        except BaseException:
+            self.run.state = "failed"
+            raise
+        self.run.state = "finished"
+        return "finished"
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def _stages(self) -> list[Stage]:
+        r, out = self.recipe, []
+        checks = bool(self.problems) and not self.dump
+        group = r.train.prompts_per_step * r.train.samples_per_prompt
+        per_check = len(self.problems) * (1 + r.evaluate.samples) / 8
+        if checks:
+            out.append(Stage("before", 1, lambda i: self._check("before", i), work=per_check))
+        if r.warm_start is not None and not self.dump:
+            w = r.warm_start
+            if w.trajectories is None:
+                out.append(Stage("warm_start", 1, self._collect, work=w.problems * w.samples_per_problem / 8))
+            out.append(Stage("sft", 0, self._imitate, trains=True, work=w.epochs * w.problems * w.keep_per_problem / 2))
+            if checks and r.train.steps:
+                out.append(Stage("warm", 1, lambda i: self._check("warm", i), work=per_check))
+        if r.train.steps:
+            rl = Stage(
+                "rl", r.train.steps, self._reinforce, trains=not self.rollout_only, work=r.train.steps * group / 3
+            )
+            out.append(rl)
+            if checks and not self.rollout_only:
+                out.append(Stage("after", 1, lambda i: self._check("after", i), work=per_check))
+        return out
+
+    def _run_stage(self, index: int, stage: Stage) -> None:
+        done = self.done[1] if self.done[0] == index else 0
+        if not stage.trains and self.run.db.meta(f"done:{stage.name}", 0) >= stage.steps > 0:
+            return  # recorded before an interruption, from these very weights
+        if stage.name == "sft":
+            stage.steps = self._sft_steps()
+        if done >= stage.steps:
+            return
+        if stage.trains and done == 0:
+            self._begin(stage)
+        self.reporter.stage(stage.name, stage.steps)
+        for number in range(done + 1, stage.steps + 1):
+            self.interrupt.check()
+            stage.step(number)
+            if stage.trains:
+                self.done = (index, number)
+                if number == stage.steps or number % self.recipe.train.checkpoint_every_steps == 0:
+                    self._save()
+            else:
+                self.run.db.set_meta(f"done:{stage.name}", number)
+
+    def _begin(self, stage: Stage) -> None:
+        """A training stage starts: its optimiser is new, and so is the reference it may need."""
+        r = self.recipe
+        settings = r.optimizer
+        if stage.name == "sft" and r.warm_start is not None:
+            settings = settings.model_copy(update={"learning_rate": r.warm_start.learning_rate})
+        self.learner = Learner(
+            self.loaded.model,
+            Optimizer(self.loaded.model, settings),
+            tokens_per_microbatch=r.train.tokens_per_microbatch,
+            share_prompts=r.train.share_prompts,
+            gradient_checkpointing=r.train.gradient_checkpointing,
+            stop=self.interrupt.check,
+        )
+        self.learner.version = self.version
+        if stage.name == "rl" and r.method.needs_reference:
+            path = self.run.path / "reference.safetensors"
+            self.learner.reference = copy.deepcopy(self.loaded.model)
+            if path.exists():
+                load_weights(self.learner.reference, path)
+            else:
+                _save_tensors(weights(self.loaded.model), path)
+            self.learner.reference.requires_grad_(False)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _check(self, rung: str, step: int) -> None:
+        """An evaluation as a stage of its own."""
+        self.reporter.advance(1.0, self._evaluate(rung, 0, self.reporter.advance))
+
+    def _evaluate(self, rung: str, step: int, advance: Callable[[float, dict[str, float]], None]) -> dict[str, float]:
+        """Greedy and sampled score on held-out problems; recorded under phase `rung`."""
+        r, metrics = self.recipe, {}
+        sampled = r.sampling
+        modes: list[tuple[str, Any, Sampling]] = [("greedy", r.env, greedy(sampled)), ("sampled", r.env, sampled)]
+        if rung == "before" and r.evaluate.without_tools and getattr(r.env, "tools", ()):
+            modes.insert(
+                0, ("no_tool", r.env.model_copy(update={"tools": (), "max_turns": 1, "system": None}), greedy(sampled))
+            )
+        recorded: list[tuple[int, list[Trajectory]]] = []
+        for number, (mode, env, sampling) in enumerate(modes):
+            part = 1 / len(modes) / (len(self.problems) * (r.evaluate.samples if mode == "sampled" else 1))
+            result = evaluate(
+                self.engine,
+                self.loaded.renderer,
+                r.task,
+                env,
+                self.problems,
+                sampling,
+                seed=(r.seed, PHASES["evaluate"]),
+                samples=r.evaluate.samples,
+                timeout_s=r.rollout.timeout_s,
+                progress=lambda t, part=part: advance(part, {}),
+                stop=self.interrupt.check,
+            )
+            metrics[f"eval/score_{mode}"] = result.score
+            metrics[f"eval/error_{mode}"] = result.error
+            recorded.append((number, result.trajectories))
+            if mode == "greedy":
+                self.reporter.trajectory(f"{rung}, greedy", result.trajectories[0])
+        with self.run.db.step():
+            self.run.db.add_metrics(rung, step, metrics)
+            for (mode, _, _), (_, trajectories) in zip(modes, recorded):
+                self.run.db.add_trajectories(f"{rung}/{mode}", step, trajectories)
+        return metrics
+
+    def _collect(self, step: int) -> None:
+        """Sample with examples in the prompt; record everything, keep what the verifier accepts."""
+        r, w = self.recipe, self.recipe.warm_start
+        assert w is not None
+        problems = self._problems(w.problems, 0, "warm_start")
+        started = time.perf_counter()
+        groups = self._rollout(
+            problems,
+            w.samples_per_problem,
+            r.sampling.model_copy(update={"temperature": w.temperature}),
+            "warm_start",
+            0,
+            examples=w.messages,
+        )
+        kept = [t for g in groups for t in [t for t in g.trajectories if t.score >= 1.0][: w.keep_per_problem]]
+        tried = w.problems * w.samples_per_problem
+        metrics = {
+            **{k: v for k, v in statistics(groups).items() if not k.startswith("reward/")},
+            "warm_start/accepted_share": sum(t.score >= 1.0 for g in groups for t in g.trajectories) / tried,
+            "warm_start/traces": float(len(kept)),
+            "rollout/seconds": time.perf_counter() - started,
+        }
+        with self.run.db.step():
+            self.run.db.add_metrics("warm_start", step, metrics)
+            self.run.db.add_trajectories("warm_start", step, [t for g in groups for t in g.trajectories])
+        if not kept:
+            raise OndolError(
+                f"the warm start sampled {tried} answers and the verifier accepted none",
+                "give more or better worked examples (warm_start.examples), more samples, or an easier task",
+            )
+        self.reporter.note(f"warm start keeps {len(kept)} of {tried} own traces")
+        self.reporter.trajectory("accepted trace", kept[0])
+        self.reporter.advance(1.0, metrics)
+
+    def _traces(self) -> list[Trajectory]:
+        """What the warm start imitates: accepted traces, moved from the prompt with examples to the plain one."""
+        w = self.recipe.warm_start
+        assert w is not None
+        if w.trajectories is not None:
+            accepted = [t for t in read_trajectories(w.trajectories) if t.score >= 1.0]
+        else:
+            accepted = list(self.run.db.trajectories(phase="warm_start"))
+            accepted = [t for t in accepted if t.score >= 1.0]
+        kept: dict[str, list[Trajectory]] = {}
+        for t in accepted:
+            mine = kept.setdefault(t.problem.id, [])
+            if len(mine) < w.keep_per_problem:
+                mine.append(t)
+        if not kept:
+            raise OndolError("there is no accepted trajectory to imitate", "check warm_start.trajectories")
+        return [self._replant(t) for group in kept.values() for t in group]
+
+    def _replant(self, t: Trajectory) -> Trajectory:
+        """The same sampled turns and observations, as ids, after the plain prompt (no examples)."""
+        episode = self.recipe.env.episode(self.recipe.task, t.problem, "replant", self.loaded.renderer)
+        messages = _now(episode.reset())
+        prompt = self.loaded.renderer.prompt(messages, self.recipe.env.schemas(self.loaded.renderer))
+        n, rest = t.prompt_length, slice(t.prompt_length, None)
+        blank = len(prompt)
+        moved = copy.copy(t)
+        moved.ids, moved.prompt_length = prompt + t.ids[rest], blank
+        moved.sampled, moved.trained = [False] * blank + t.sampled[rest], [False] * blank + t.trained[rest]
+        moved.logp, moved.version = [0.0] * blank + t.logp[rest], [-1] * blank + t.version[rest]
+        moved.messages = messages + t.messages[len(t.messages) - 2 * len(t.turns) + 1 :]
+        moved.turns = copy.deepcopy(t.turns)
+        for turn in moved.turns:
+            turn.start, turn.end = turn.start - n + blank, turn.end - n + blank
+        return moved
+
+    def _sft_steps(self) -> int:
+        w = self.recipe.warm_start
+        assert w is not None
+        return w.epochs * -(-len(self._traces()) // w.traces_per_update)
+
+    def _imitate(self, step: int) -> None:
+        """One SFT update on own accepted traces, in an order that the seed alone decides."""
+        w = self.recipe.warm_start
+        assert w is not None and self.learner is not None
+        traces = self._traces()
+        per_epoch = -(-len(traces) // w.traces_per_update)
+        epoch, at = divmod(step - 1, per_epoch)
+        order = self._order(len(traces), "sft", epoch)
+        chosen = order[at * w.traces_per_update : (at + 1) * w.traces_per_update]
+        metrics = self.learner.imitate([traces[i] for i in chosen])
+        self._updated()
+        with self.run.db.step():
+            self.run.db.add_metrics("sft", step, metrics)
+        self.reporter.advance(1.0, metrics)
+
+    def _reinforce(self, step: int) -> None:
+        """One batch of rollouts and its updates."""
+        r = self.recipe
+        started = time.perf_counter()
+        before = copy.copy(self.engine.stats)
+        if self.dump is not None:
+            groups = _groups([t for t in self.dump if t.key[0] == step])
+            if not groups:
+                raise OndolError(f"the dump holds no trajectories of step {step}", f"set train.steps={step - 1}")
+        else:
+            problems = self._problems(r.train.prompts_per_step, (step - 1) * r.train.prompts_per_step, "rl")
+            groups = self._rollout(problems, r.train.samples_per_prompt, r.sampling, "rl", step)
+        sampled_in = time.perf_counter() - started
+        metrics = statistics(groups)
+        metrics["rollout/seconds"] = sampled_in
+        metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in
+        metrics["engine/prefix_hit_share"] = _hit_share(before, self.engine.stats)
+        if not self.rollout_only:
+            assert self.learner is not None
+            metrics |= self.learner.reinforce(groups, r.method)
+            self._updated()
+            gap = metrics.get("mismatch/max_abs", 0.0)
+            limit = r.train.mismatch_warning if str(self.loaded.dtype) in ("torch.float32", "torch.float64") else 0.5
+            if gap > limit:
+                self.reporter.warn(
+                    f"step {step}: learner and sampler differ by {gap:.2g} in a log-prob (warning above {limit:g})"
+                )
+                self.run.db.event("mismatch", step=step, max_abs=gap)
+        metrics["step/seconds"] = time.perf_counter() - started
+        metrics["memory/peak_mib"] = _peak_mib()
+        with self.run.db.step():
+            self.run.db.add_metrics("rl", step, metrics)
+            self.run.db.add_trajectories("rl", step, [t for g in groups for t in g.trajectories])
+        self.reporter.trajectory(f"step {step}", groups[0].trajectories[0])
+        self.reporter.advance(1.0, metrics)
+        every = r.evaluate.every_steps
+        if every and step % every == 0 and step < r.train.steps and self.problems:
+            self._evaluate("rl", step, lambda part, values: None)
+
+    # -- shared -------------------------------------------------------------------------------------------------
+
+    def _rollout(
+        self,
+        problems: list[Problem],
+        samples: int,
+        sampling: Sampling,
+        phase: str,
+        step: int,
+        examples: Sequence[Message] = (),
+    ) -> list[Group]:
+        r = self.recipe
+        part = 0.5 / (len(problems) * samples)
+        return rollout(
+            self.engine,
+            self.loaded.renderer,
+            Plan(
+                r.task,
+                r.env,
+                problems,
+                samples,
+                sampling,
+                seed=(r.seed, PHASES[phase]),
+                step=step,
+                examples=examples,
+                timeout_s=r.rollout.timeout_s,
+                overlap_tools=r.rollout.overlap_tools,
+                progress=lambda t: self.reporter.advance(part, {}),
+                stop=self.interrupt.check,
+            ),
+        )
+
+    def _updated(self) -> None:
+        """The weights have changed: everyone is told the new version."""
+        assert self.learner is not None
+        self.version += 1
+        self.learner.version = self.version
+        self.engine.sync(self.version)
+
+    def _order(self, count: int, phase: str, epoch: int) -> list[int]:
+        seed = np.random.SeedSequence((self.recipe.seed, PHASES["order"], PHASES[phase], epoch))
+        return np.random.Generator(np.random.Philox(seed)).permutation(count).tolist()
+
+    def _problems(self, count: int, first: int, phase: str) -> list[Problem]:
+        """Training problems `first ... first + count`: a finite task is gone through in a new order each epoch."""
+        task = self.recipe.task
+        size = task.size("train")
+        if size is None:  # endless: warm start and RL draw from far apart
+            offset = {"rl": 0, "warm_start": 1 << 24}[phase]
+            return [task.problem(offset + first + i, "train") for i in range(count)]
+        out = []
+        for i in range(first, first + count):
+            epoch, at = divmod(i, size)
+            out.append(task.problem(self._order(size, phase, epoch)[at], "train"))
+        return out
+
+    def _check_prompts(self) -> None:
+        """Fail now, and clearly, when the prompts cannot fit."""
+        r = self.recipe
+        if r.task.size("train") == 0:
+            raise OndolError("the task has no training problems", "check the task's settings or file")
+        examples = r.warm_start.messages if r.warm_start else []
+        episode = r.env.episode(r.task, self._problems(1, 0, "rl")[0], "check", self.loaded.renderer, examples)
+        length = len(self.loaded.renderer.prompt(_now(episode.reset()), r.env.schemas(self.loaded.renderer)))
+        need = length + r.env.max_turns * r.sampling.max_tokens
+        if need > self.loaded.context_length:
+            raise OndolError(
+                f"a prompt of {length} tokens and {r.env.max_turns} turns of {r.sampling.max_tokens} may need {need} tokens; "
+                f"the context of {self.loaded.name} is {self.loaded.context_length}",
+                "lower sampling.max_tokens or env.max_turns, shorten the system message or examples, or take another model",
+            )
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Save (weights, optimiser, position); nothing to do when that is already on disk."""
+        if self.learner is None or self.done[0] < 0 or self.saved == self.done:
+            return
+        index, step = self.done
+        state = {"stage": self.stages[index].name, "step": step, "version": self.version}
+        learner = self.learner
+
+        def write(folder: Path) -> None:
+            _save_tensors(weights(self.loaded.model), folder / "model.safetensors")
+            _save_tensors(learner.optimizer.state(), folder / "optimizer.safetensors")
+            (folder / "state.json").write_text(json.dumps(state))
+
+        save_checkpoint(
+            self.run.checkpoints, f"{state['stage']}-{step:06d}", write, keep=self.recipe.train.keep_checkpoints
+        )
+        self.saved = self.done
+
+    def _restore(self) -> None:
+        """Go back to the last good checkpoint, if there is one, and forget what was recorded after it."""
+        path = latest_checkpoint(
+            self.run.checkpoints, lambda p, why: self.reporter.warn(f"checkpoint {p.name} is damaged ({why}): skipped")
+        )
+        names = [s.name for s in self.stages]
+        if path is not None:
+            from safetensors.torch import load_file
+
+            state = json.loads((path / "state.json").read_text())
+            index = names.index(state["stage"])
+            load_weights(self.loaded.model, path / "model.safetensors")
+            self._begin(self.stages[index])
+            assert self.learner is not None
+            self.learner.optimizer.load_state(load_file(path / "optimizer.safetensors"))
+            self.version, self.done = state["version"], (index, state["step"])
+            self.learner.version = self.version
+            self.engine.sync(self.version)
+            self.saved = self.done
+            self.reporter.note(f"resuming {self.run.name} after step {state['step']} of '{state['stage']}'")
+        self._forget(names)
+
+    def _forget(self, names: list[str]) -> None:
+        """Drop what will be done again. Stages that change nothing and follow the checkpoint directly stay."""
+        index, step = self.done
+        db = self.run.db
+        first = max(index, 0)
+        if index >= 0:
+            for phase in (names[index], "rl/greedy", "rl/sampled"):
+                db.forget_after(phase, step)
+            first = index + 1
+        again = False
+        for stage in self.stages[first:]:
+            again = again or stage.trains or db.meta(f"done:{stage.name}", 0) < stage.steps
+            if again:
+                db.set_meta(f"done:{stage.name}", 0)
+                for phase in (stage.name, f"{stage.name}/no_tool", f"{stage.name}/greedy", f"{stage.name}/sampled"):
+                    db.forget_after(phase, -1)
+
+
+def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
+    """The embedded engine as the recipe sets it."""
+    r = recipe.rollout
+    return TorchEngine(
+        loaded.model, loaded.tokenizer, loaded.context_length, max_batch=r.max_batch, share_prefixes=r.share_prefixes
+    )
+
+
+def _now(awaitable: Any) -> Any:
+    """The result of a coroutine that never really waits."""
+    import asyncio
+
+    return asyncio.run(awaitable)
+
+
+def _groups(trajectories: Iterable[Trajectory]) -> list[Group]:
+    by_problem: dict[int, list[Trajectory]] = {}
+    for t in trajectories:
+        by_problem.setdefault(t.key[1], []).append(t)
+    return [Group(ts[0].problem, sorted(ts, key=lambda t: t.key)) for _, ts in sorted(by_problem.items())]
+
+
+def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(path))
+
+
+def _hit_share(before: Any, after: Any) -> float:
+    reused, new = after.reused_tokens - before.reused_tokens, after.prefilled_tokens - before.prefilled_tokens
+    return reused / max(reused + new, 1)
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform != "darwin" else peak / 1024**2
