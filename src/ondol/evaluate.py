@@ -11,7 +11,11 @@ from ondol.engines.base import Engine, Sampling
 from ondol.envs.base import Env
 from ondol.records import Group, Problem, Trajectory
 from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.store import Run
 from ondol.tasks.base import Task
+
+#: phases of a run in which the model is evaluated, in order, and what people call them
+RUNGS = {"before": "before", "warm": "after warm start", "after": "after RL"}
 
 
 @dataclass
@@ -57,6 +61,11 @@ def evaluate(
     samples = 1 if sampling.temperature == 0 else samples
     plan = Plan(task, env, problems, samples, sampling, seed, timeout_s=timeout_s, progress=progress, stop=stop)
     groups = rollout(engine, renderer, plan)
+    return summarise(groups, samples)
+
+
+def summarise(groups: list[Group], samples: int) -> Evaluation:
+    """Score and standard error of what was rolled out: `samples` tries at each problem (fewer where cut short)."""
     means = [sum(g.scores) / len(g.scores) for g in groups]
     mean = sum(means) / len(means) if means else math.nan
     spread = math.sqrt(sum((m - mean) ** 2 for m in means) / max(len(means) - 1, 1))
@@ -65,4 +74,14 @@ def evaluate(
 
 def greedy(sampling: Sampling) -> Sampling:
     """The same limits, without chance."""
-    return Sampling(temperature=0.0, max_tokens=sampling.max_tokens)
+    return sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0})
+
+
+def ladder(run: Run) -> list[dict[str, Any]]:
+    """Evaluation scores of a run by rung: {"rung", "no_tool", "greedy", "sampled"}; what was not measured is None."""
+    rows = []
+    for phase, title in RUNGS.items():
+        found = {m.name: m.value for m in run.db.metrics("eval/*", phase)}
+        if found:
+            rows.append({"rung": title} | {w: found.get(f"eval/score_{w}") for w in ("no_tool", "greedy", "sampled")})
+    return rows

@@ -8,6 +8,7 @@ A *part* is a pydantic model: its fields are its settings, its methods are its w
 from __future__ import annotations
 
 import importlib
+import operator
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -59,14 +60,17 @@ def find(room: str, name: str) -> Any:
     if reference is None:
         for entry in entry_points(group=f"ondol.{room}"):
             if entry.name == name:
-                return entry.load()
-        raise OndolError(f"no {room.rstrip('s')} is called '{name}'", nearest(name, names(room)))
+                reference = entry.value
+                break
+        else:
+            raise OndolError(f"no {room.rstrip('s')} is called '{name}'", nearest(name, names(room)))
     module, _, attribute = reference.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
+        return operator.attrgetter(attribute)(importlib.import_module(module))
+    except Exception as e:  # a module may fail in any way while it is imported
+        why = str(e) if isinstance(e, (ImportError, AttributeError)) else f"{type(e).__name__}: {e}"
         raise OndolError(
-            f"'{reference}' cannot be loaded: {e}", "check that the module is on PYTHONPATH and defines it"
+            f"'{reference}' cannot be loaded: {why}", "check that the module is on PYTHONPATH and defines it"
         ) from e
 
 
@@ -80,6 +84,11 @@ def make(room: str, table: dict[str, Any] | str, where: str = "") -> Any:
         cls = find(room, name)
     except OndolError as e:
         raise OndolError(f"{where + ': ' if where else ''}{e.what}", e.remedy) from e
+    if not (isinstance(cls, type) and issubclass(cls, Part)):
+        raise OndolError(
+            f"{where + ': ' if where else ''}'{name}' is no part that a recipe can name",
+            "name a subclass of ondol.parts.Part",
+        )
     try:
         return cls(**table)
     except ValidationError as e:
@@ -88,25 +97,35 @@ def make(room: str, table: dict[str, Any] | str, where: str = "") -> Any:
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> OndolError:
     """A pydantic error in our words: the path of the wrong key, what is wrong, and the nearest right key."""
-    lines, remedy = [], None
+    lines, remedies = [], []
     for item in error.errors():
         path = ".".join([where, *(str(p) for p in item["loc"])]).strip(".")
+        owner: type[BaseModel] | None = model
+        for key in item["loc"][:-1]:
+            owner = _model_of(owner, key)
+        fields = owner.model_fields if owner is not None else {}
+        last = str(item["loc"][-1]) if item["loc"] else ""
         if item["type"] == "extra_forbidden":
-            owner: type[BaseModel] | None = model
-            for key in item["loc"][:-1]:
-                owner = _model_of(owner, str(key))
-            fields = owner.model_fields if owner is not None else {}
             lines.append(f"{path}: there is no such key")
-            remedy = nearest(str(item["loc"][-1]), fields)
-        elif item["type"] == "missing":
+            remedies.append(nearest(last, fields))
+            continue
+        if item["type"] == "missing":
             lines.append(f"{path}: this key is required")
+        elif (
+            isinstance(item["input"], dict) and item["type"] == "value_error"
+        ):  # a whole table: its keys are in the text
+            lines.append(f"{path}: {item['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
         else:
             lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})")
-    return OndolError("\n".join(lines), remedy)
+        if last in fields and fields[last].description:
+            remedies.append(f"{path}: {fields[last].description}")
+    return OndolError("\n".join(lines), "\n     ".join(dict.fromkeys(remedies)) or None)
 
 
-def _model_of(owner: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    """The pydantic model that field `key` of `owner` holds, if it holds one."""
+def _model_of(owner: type[BaseModel] | None, key: int | str) -> type[BaseModel] | None:
+    """The pydantic model that field `key` of `owner` holds, if it holds one, or several in a list."""
+    if isinstance(key, int):  # a place in a list whose members were found already
+        return owner
     field = owner.model_fields.get(key) if owner is not None else None
     if field is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ondol.engines.base import Sampling
 from ondol.envs.base import Env
-from ondol.errors import OndolError
+from ondol.errors import OndolError, nearest
 from ondol.methods.base import Method
 from ondol.models.lora import LoraSettings
 from ondol.parts import Part, explain, make
@@ -22,26 +23,26 @@ from ondol.tasks.base import Task
 class ModelSettings(Part):
     """Which model, and how it is held."""
 
-    path: str = Field(
+    path: str = Field(default=
         "smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(default=
         "auto", description="auto: float32 on CPU, bfloat16 on GPU"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
-    chat: str | None = Field(None, description="chat format, where the tokenizer's template does not tell")
-    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0 ...")
+    chat: str | None = Field(default=None, description="chat format, where the tokenizer's template does not tell")
+    lora: LoraSettings | None = Field(default=None, description="train adapters instead of all weights")
 
 
 class RolloutSettings(Part):
     """How episodes are run."""
 
-    max_batch: int = Field(64, ge=1, description="most sequences in the engine at once")
-    timeout_s: float = Field(600.0, gt=0, description="deadline of one trajectory")
-    overlap_tools: bool = Field(
+    max_batch: int = Field(default=64, ge=1, description="most sequences in the engine at once")
+    timeout_s: float = Field(default=600.0, gt=0, description="deadline of one trajectory")
+    overlap_tools: bool = Field(default=
         False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
-    share_prefixes: bool = Field(True, description="compute common beginnings of prompts once")
+    share_prefixes: bool = Field(default=True, description="compute common beginnings of prompts once")
 
 
 class Example(Part):
@@ -52,20 +53,40 @@ class Example(Part):
 
 
 class WarmStart(Part):
-    """Rejection sampling: sample with worked examples in the prompt, keep what the verifier accepts, and imitate it on
-    the plain prompt. The traces are the model's own."""
+    """SFT before reinforcement. The default is rejection sampling: sample with worked examples in the prompt, keep what
+    the verifier accepts, and imitate it on the plain prompt; the traces are the model's own. For what is not the model's
+    own there are `trajectories` (recorded ones) and `from_task` (demonstrations that the task makes)."""
 
-    problems: int = Field(32, ge=1, description="problems sampled")
-    samples_per_problem: int = Field(4, ge=1, description="tries at each")
-    temperature: float = Field(1.0, ge=0)
-    examples: tuple[Example, ...] = Field((), description="messages of worked conversations, put before the question")
-    keep_per_problem: int = Field(2, ge=1, description="most traces kept of one problem (the first accepted ones)")
-    trajectories: str | None = Field(
+    problems: int = Field(default=32, ge=1, description="problems sampled, or demonstrated")
+    samples_per_problem: int = Field(default=4, ge=1, description="tries at each, or demonstrations of each")
+    temperature: float = Field(default=1.0, ge=0)
+    examples: tuple[Example, ...] = Field(default=(), description="messages of worked conversations, put before the question")
+    keep_per_problem: int = Field(default=2, ge=1, description="most traces kept of one problem (the first accepted ones)")
+    trajectories: str | None = Field(default=
         None, description="imitate recorded trajectories (JSONL or a run) instead of sampling"
     )
-    epochs: int = Field(1, ge=1, description="passes over the kept traces")
-    traces_per_update: int = Field(8, ge=1)
-    learning_rate: float = Field(1e-5, gt=0)
+    from_task: bool = Field(default=
+        False, description="imitate answers that the task makes itself: for a model from scratch, which never answers"
+    )
+    gold_share: float = Field(default=1.0, ge=0, le=1, description="from_task: share of right answers; the others are wrong")
+    epochs: int = Field(default=1, ge=1, description="passes over the kept traces")
+    traces_per_update: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> WarmStart:
+        if self.from_task and self.trajectories is not None:
+            raise ValueError("from_task and trajectories are two sources: give one of them")
+        if self.examples and not self.samples:
+            raise ValueError("examples are for sampling, which from_task and trajectories replace: leave them out")
+        if self.gold_share != 1 and not self.from_task:
+            raise ValueError("gold_share is for demonstrations: set from_task = true as well, or leave it out")
+        return self
+
+    @property
+    def samples(self) -> bool:
+        """Whether the traces are sampled in this run."""
+        return not self.from_task and self.trajectories is None
 
     @property
     def messages(self) -> list[Message]:
@@ -75,27 +96,27 @@ class WarmStart(Part):
 class OptimizerSettings(Part):
     """AdamW. A stage may override the learning rate."""
 
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser updates")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    max_gradient_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this L2 norm")
+    learning_rate: float = Field(default=1e-5, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up, in optimiser updates")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this L2 norm")
 
 
 class TrainSettings(Part):
     """The loop."""
 
-    steps: int = Field(10, ge=0, description="batches of rollouts; 0 trains nothing (evaluation and warm start only)")
-    prompts_per_step: int = Field(8, ge=1, description="problems per batch of rollouts")
-    samples_per_prompt: int = Field(8, ge=1, description="trajectories per problem: the group size")
-    tokens_per_microbatch: int = Field(2048, ge=1, description="memory of the learner follows this, results do not")
-    share_prompts: bool = Field(True, description="compute each group's prompt once in the learner")
-    gradient_checkpointing: bool = Field(False, description="less memory for more compute")
-    checkpoint_every_steps: int = Field(5, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    mismatch_warning: float = Field(
+    steps: int = Field(default=10, ge=0, description="batches of rollouts; 0 trains nothing (evaluation and warm start only)")
+    prompts_per_step: int = Field(default=8, ge=1, description="problems per batch of rollouts")
+    samples_per_prompt: int = Field(default=8, ge=1, description="trajectories per problem: the group size")
+    tokens_per_microbatch: int = Field(default=2048, ge=1, description="memory of the learner follows this, results do not")
+    share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
+    gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")
+    checkpoint_every_steps: int = Field(default=5, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    mismatch_warning: float = Field(default=
         1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32"
     )
 
@@ -103,17 +124,17 @@ class TrainSettings(Part):
 class EvaluateSettings(Part):
     """Held-out problems, greedy and sampled."""
 
-    problems: int = Field(32, ge=0, description="held-out problems; 0 turns evaluation off")
-    samples: int = Field(1, ge=1, description="sampled answers per problem, at the training temperature")
-    without_tools: bool = Field(False, description="also measure, once at the start, what the model can do in its head")
-    every_steps: int = Field(0, ge=0, description="also during training, every so many steps; 0: before and after only")
+    problems: int = Field(default=32, ge=0, description="held-out problems; 0 turns evaluation off")
+    samples: int = Field(default=1, ge=1, description="sampled answers per problem, at the training temperature")
+    without_tools: bool = Field(default=False, description="also measure, once at the start, what the model can do in its head")
+    every_steps: int = Field(default=0, ge=0, description="also during training, every so many steps; 0: before and after only")
 
 
 class Recipe(Part):
     """Everything one run does."""
 
-    name: str = Field("run", min_length=1)
-    seed: int = Field(0, ge=0, description="of everything that is drawn at random")
+    name: str = Field(default="run", min_length=1)
+    seed: int = Field(default=0, ge=0, description="of everything that is drawn at random")
     model: ModelSettings = ModelSettings()
     task: Any = Field(description="a task by name or as a table")
     env: Any = Field(default="tool", validate_default=True, description="an environment by name or as a table")
@@ -131,10 +152,16 @@ class Recipe(Part):
         if isinstance(value, (Task, Env, Method)):
             return value
         if not isinstance(value, (str, dict)):
-            raise ValueError("a name or a table with a name")
+            raise ValueError("this is a name, or a table with a name")
         if info.field_name == "env" and isinstance(value, dict):
             value = {"name": "tool", **value}
-        return make(f"{info.field_name}s", value, info.field_name)
+        part = make(f"{info.field_name}s", value, info.field_name)
+        if not isinstance(part, base := {"task": Task, "env": Env, "method": Method}[info.field_name]):
+            raise OndolError(
+                f"{info.field_name}: {type(part).__module__}:{type(part).__qualname__} is no {info.field_name}",
+                f"derive it from {base.__module__}.{base.__name__}",
+            )
+        return part
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
@@ -151,6 +178,8 @@ class Recipe(Part):
             raise ValueError(
                 "sampling.temperature is 0: all samples of a prompt would be the same and nothing could be learned"
             )
+        if (self.train.steps or self.warm_start) and self.task.size("train") == 0:
+            raise ValueError("task: it has no training problems")
         if self.model.lora is not None and self.model.dtype == "float64":
             raise ValueError("lora with float64 is not supported")
         return self
@@ -177,17 +206,28 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
 def read_table(source: str | Path) -> dict[str, Any]:
     """The raw table of a TOML file, or of a recipe that comes with the package."""
     path = Path(source)
-    if not path.exists() and path.suffix == "" and (built_in := _folder() / f"{path.name}.toml").exists():
+    if not path.is_file() and path.suffix == "" and (built_in := _folder() / f"{path.name}.toml").exists():
         path = built_in
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        known = ", ".join(sorted(p.stem for p in _folder().glob("*.toml")))
-        raise OndolError(f"there is no recipe '{source}'", f"give a TOML file, or one of: {known}") from e
+        known = [p.stem for p in _folder().glob("*.toml")]
+        raise OndolError(
+            f"there is no recipe '{source}'",
+            f"give a TOML file, or one that comes with Ondol: {nearest(path.stem, known)}",
+        ) from e
     except IsADirectoryError as e:
         raise OndolError(f"'{source}' is a folder", "give a TOML file") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise OndolError(f"{path}: not valid TOML: {e}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise OndolError(f"{path} cannot be read: {e}", "a recipe is a text file in TOML, UTF-8") from e
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        at = re.search(r"line (\d+)", str(e))
+        # errors at the end of the document have no number; the last line that says anything is the one
+        number = int(at[1]) if at else len(text.rstrip().splitlines())
+        line = text.splitlines()[number - 1 : number] or [""]
+        raise OndolError(f"{path}:{number}: not valid TOML: {e}\n    {line[0].strip()[:120]}") from e
 
 
 def _folder() -> Path:
@@ -203,7 +243,9 @@ def override(table: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
-    *path, last = key.strip().split(".")
+    *path, last = [part.strip() for part in key.split(".")]
+    if not all((*path, last)):
+        raise OndolError(f"--set {text}: '{key}' is not a key", "for example --set train.steps=20")
     for part in path:
         inner = table.setdefault(part, {})
         if isinstance(inner, str):  # a bare name stands for a table with that name
@@ -229,7 +271,8 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
             return [plain(v) for v in value]
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if v is not None}
-        return str(value) if isinstance(value, Path) else value
+        # absolute, so that a run can be resumed from any folder
+        return str(value.absolute()) if isinstance(value, Path) else value
 
     return plain(recipe)
 

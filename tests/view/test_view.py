@@ -283,9 +283,9 @@ def test_tables():
 
 def test_the_ladder():
     rows = [
-        {"rung": "before", "no tool": 0.05, "greedy": None, "sampled": 0.02},
+        {"rung": "before", "no_tool": 0.05, "greedy": None, "sampled": 0.02},
         {"rung": "after warm start", "greedy": 0.4, "sampled": math.nan},
-        {"rung": "after RL", "no tool": 0.04, "greedy": 0.9, "sampled": 0.8},
+        {"rung": "after RL", "no_tool": 0.04, "greedy": 0.9, "sampled": 0.8},
     ]
     lines = printed(before_after_table(rows)).splitlines()
     assert lines[1].split() == ["before", "5.0%", "-", "2.0%"]

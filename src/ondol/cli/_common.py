@@ -16,8 +16,6 @@ from ondol.store import Run
 if TYPE_CHECKING:
     from ondol.models.load import LoadedModel
 
-RUNGS = {"before": "before", "warm": "after warm start", "after": "after RL"}
-
 
 def runs_root(args: Namespace) -> Path:
     return Path(args.runs or os.environ.get("ONDOL_RUNS") or "runs")
@@ -36,18 +34,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, default=str))
 
 
-def ladder(run: Run) -> list[dict[str, Any]]:
-    """Evaluation scores by rung, in order: {"rung", "no_tool", "greedy", "sampled"}; what was not measured is None."""
-    rows = []
-    for phase, title in RUNGS.items():
-        found = {m.name: m.value for m in run.db.metrics("eval/*", phase)}
-        if found:
-            rows.append({"rung": title} | {w: found.get(f"eval/score_{w}") for w in ("no_tool", "greedy", "sampled")})
-    return rows
+def find_model(args: Namespace, trained: bool = True) -> tuple[Recipe, str, Path | None]:
+    """What `args.run` means: (recipe, model path to load, run folder or None for a bare recipe).
 
-
-def find_model(args: Namespace) -> tuple[Recipe, str, Path | None]:
-    """What `args.run` means: (recipe, model path to load, run folder or None for a bare recipe)."""
+    A run must hold a trained model, unless `trained` is off (its recipe is all that is wanted).
+    """
     word, overrides = args.run, getattr(args, "set", [])
     try:
         folder = Run.find(runs_root(args), word)
@@ -66,7 +57,7 @@ def find_model(args: Namespace) -> tuple[Recipe, str, Path | None]:
     for text in overrides:
         override(table, text)
     recipe = load_recipe(table)
-    if not (folder / "model").is_dir():
+    if trained and not (folder / "model").is_dir():
         raise OndolError(f"{folder.name} has no trained model yet", f"finish it first: ondol resume {folder.name}")
     return recipe, str(folder / "model"), folder
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ondol.cli._common import ladder, print_json, runs_root
+from ondol.cli._common import print_json, runs_root
 from ondol.errors import OndolError, nearest
+from ondol.evaluate import ladder
 from ondol.store import Run
 from ondol.view.console import before_after_table, table
 from ondol.view.trajectory import render_trajectory
@@ -52,7 +53,7 @@ def run(args: Namespace) -> int:
         console = Console()
         console.print(Text(f"{opened.name}: {opened.state}", style="bold"))
         if rows := ladder(opened):
-            console.print(before_after_table([{**r, "no tool": r.get("no_tool")} for r in rows]))
+            console.print(before_after_table(rows))
         by_step: dict[int, dict[str, float]] = {}
         for m in opened.db.metrics(phase="rl"):
             by_step.setdefault(m.step, {})[m.name] = m.value

@@ -6,19 +6,23 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ondol.cli._common import ladder, load, print_json, runs_root
+from ondol.cli._common import load, print_json, runs_root
 from ondol.errors import OndolError
+from ondol.evaluate import ladder
 from ondol.recipe import Recipe, load_recipe, to_table
 from ondol.records import Trajectory
 from ondol.store import Run
 from ondol.train.report import Reporter
 from ondol.view.console import Progress, before_after_table
 from ondol.view.trajectory import render_trajectory
+
+if TYPE_CHECKING:
+    from ondol.models.load import LoadedModel
 
 _TITLES = {
     "before": "evaluating before training",
@@ -82,41 +86,72 @@ class ConsoleReporter(Reporter):
 
 
 def run(args: Namespace) -> int:
-    if args.command == "resume":
-        folder = Run.find(runs_root(args), args.run)
-        opened = Run.open(folder, write=True)
-        recipe, options = load_recipe(opened.recipe), opened.db.meta("options", {})
-        if opened.state == "finished":
-            opened.close()
-            raise OndolError(f"{folder.name} is finished", f"see it with: ondol show {folder.name}")
-    else:
-        recipe = load_recipe(args.recipe, args.set)
-        recipe.task.check(4)
-        dump = (
-            str(Path(args.from_dump).resolve()) if args.from_dump and Path(args.from_dump).exists() else args.from_dump
-        )
-        options = {"rollout_only": args.rollout_only, "dump": dump}
-        opened = Run.create(runs_root(args), recipe.name, to_table(recipe))
-        opened.db.set_meta("options", options)
     console = Console(stderr=args.json)
-    with opened:
-        return _train(args, opened, recipe, options, console)
+    return _resume(args, console) if args.command == "resume" else _start(args, console)
 
 
-def _train(args: Namespace, opened: Run, recipe: Recipe, options: dict[str, Any], console: Console) -> int:
+def _start(args: Namespace, console: Console) -> int:
+    """A new run. Its folder is made last: a mistake in the recipe, the dump or the model leaves none behind."""
+    if args.rollout_only and args.from_dump:
+        raise OndolError("--rollout-only samples and --from-dump does not", "give one of them")
+    recipe = load_recipe(args.recipe, args.set)
+    recipe.task.check(4)
+    dump = _dump(args)
+    if dump is not None:
+        from ondol.train.dump import read_trajectories
+
+        read_trajectories(dump)
+    loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
+    from ondol.train.loop import check_prompts
+
+    check_prompts(recipe, loaded)
+    options = {"rollout_only": args.rollout_only, "dump": dump}
+    with Run.create(runs_root(args), recipe.name, to_table(recipe)) as opened:
+        opened.db.set_meta("options", options)
+        return _train(args, opened, recipe, loaded, options, console)
+
+
+def _resume(args: Namespace, console: Console) -> int:
+    with Run.open(Run.find(runs_root(args), args.run), write=True) as opened:
+        if opened.state == "finished":
+            raise OndolError(f"{opened.name} is finished", f"see it with: ondol show {opened.name}")
+        recipe, options = load_recipe(opened.recipe), opened.db.meta("options", {})
+        loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
+        return _train(args, opened, recipe, loaded, options, console)
+
+
+def _dump(args: Namespace) -> str | None:
+    """What --from-dump names, a file or a run, as an absolute path."""
+    if args.from_dump is None:
+        return None
+    path = Path(args.from_dump)
+    if path.suffix in (".jsonl", ".json") and not path.exists():
+        raise OndolError(
+            f"--from-dump: there is no file {path}", "export one with: ondol export RUN trajectories -o FILE"
+        )
+    return str((path if path.exists() else Run.find(runs_root(args), args.from_dump)).absolute())
+
+
+def _train(
+    args: Namespace, opened: Run, recipe: Recipe, loaded: LoadedModel, options: dict[str, Any], console: Console
+) -> int:
     from ondol.train.loop import Trainer
 
     console.print(Text(f"run folder: {opened.path}"))
-    dump = options.get("dump")
-    if dump and not Path(dump).exists():
-        dump = str(Run.find(runs_root(args), dump))
     try:
-        loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
         with ConsoleReporter(console) as reporter:
             trainer = Trainer(
-                recipe, opened, loaded, reporter=reporter, rollout_only=options.get("rollout_only", False), dump=dump
+                recipe,
+                opened,
+                loaded,
+                reporter=reporter,
+                rollout_only=options.get("rollout_only", False),
+                dump=options.get("dump"),
             )
             state = trainer.train()
+    except KeyboardInterrupt:
+        console.print(Text(f"stopped at once. Go on from the last checkpoint with: {_command()} resume {opened.name}"))
+        return 130
     except BaseException:
         if opened.db.meta("state") == "created":
             opened.state = "failed"
@@ -139,7 +174,7 @@ def finish(run: Run, console: Console) -> dict[str, Any]:
     pair = before_and_after(run)
     if rows:
         console.print()
-        console.print(before_after_table([{**r, "no tool": r.get("no_tool")} for r in rows]))
+        console.print(before_after_table(rows))
         n = len(run.db.trajectory_rows(phase="before/greedy")) or len(run.db.trajectory_rows(phase="after/greedy"))
         console.print(Text(f"scores on {n} held-out problems; one greedy and the sampled answers to each", style="dim"))
     for title, trajectory in pair:

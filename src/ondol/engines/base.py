@@ -22,11 +22,11 @@ from ondol.records import Finish, Message
 class Sampling(Part):
     """How tokens are drawn. Truncation is off by default: what is sampled is then the policy itself."""
 
-    temperature: float = Field(1.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: smallest set of tokens with at least this mass")
-    top_k: int = Field(0, ge=0, description="keep the k most probable tokens; 0 is off")
-    min_p: float = Field(0.0, ge=0, lt=1, description="drop tokens below this share of the most probable one's mass")
-    max_tokens: int = Field(256, gt=0, description="most new tokens in one turn")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus: smallest set of tokens with at least this mass")
+    top_k: int = Field(default=0, ge=0, description="keep the k most probable tokens; 0 is off")
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="drop tokens below this share of the most probable one's mass")
+    max_tokens: int = Field(default=256, gt=0, description="most new tokens in one turn")
 
     @property
     def truncated(self) -> bool:
@@ -44,7 +44,7 @@ class Request:
         stop: strings that end the turn; they may be split over tokens, and stay in the text.
         end_ids: tokens that end the turn; they stay in the ids.
         messages: the same conversation as text, for engines that take no ids.
-        timeout_s: deadline for this turn.
+        timeout_s: deadline for this turn, from when the engine takes it up (waiting for a free place does not count).
     """
 
     session: str
@@ -59,7 +59,10 @@ class Request:
 
 @dataclass
 class Completion:
-    """One sampled turn: lists have one entry per new token. `logp` and `logp_truncated` as in `Trajectory`."""
+    """One sampled turn: lists have one entry per new token. `logp` and `logp_truncated` as in `Trajectory`.
+
+    `seconds` is how long the engine worked on it, without waiting for a free place.
+    """
 
     session: str
     ids: list[int]
@@ -70,6 +73,7 @@ class Completion:
     version: int
     error: str = ""
     cached_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Engine(Protocol):
     stats: EngineStats
 
     def submit(self, request: Request) -> None:
-        """Queue a turn. Raises OndolError when it can never fit the context."""
+        """Queue a turn, one at a time of a session. Raises OndolError when it can never fit the context."""
         ...
 
     def step(self) -> list[Completion]:
@@ -110,7 +114,7 @@ class Engine(Protocol):
         ...
 
     def release(self, session: str) -> None:
-        """Forget a session's KV (its trajectory has ended, or was given up)."""
+        """Forget a session (its trajectory has ended, or was given up): its KV, and its turn if one is under way."""
         ...
 
     def sync(self, version: int) -> None:

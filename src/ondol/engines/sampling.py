@@ -19,11 +19,9 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-        drop = (
-            mass - ordered.softmax(dim=-1) >= sampling.top_p
-        )  # a token stays while the mass before it is short of top_p
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # of equals the first stay
+        p = ordered.softmax(dim=-1, dtype=torch.float64)
+        drop = p.cumsum(dim=-1) - p >= sampling.top_p  # a token stays while the mass before it is short of top_p
         drop[:, 0] = False
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     if sampling.min_p > 0:
@@ -42,12 +40,13 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     blocks = torch.nn.functional.pad(p, (0, pad)).view(rows, -1, _BLOCK)
     edges = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = u.to(torch.float64) * edges[:, -1]
-    block = torch.searchsorted(edges, target.unsqueeze(-1), right=True).squeeze(-1).clamp_(max=blocks.shape[1] - 1)
+    block = torch.searchsorted(edges, target.unsqueeze(-1), right=True).squeeze(-1)
+    # rounding may leave the target a hair past the row's mass, or the block's: then the last one that has any
+    block = torch.minimum(block, (edges < edges[:, -1:]).sum(dim=-1))
     index = torch.arange(rows, device=p.device)
     before = torch.where(block > 0, edges[index, (block - 1).clamp(min=0)], 0.0)
     inside = blocks[index, block].to(torch.float64).cumsum(dim=-1)
     within = torch.searchsorted(inside, (target - before).unsqueeze(-1), right=True).squeeze(-1)
-    # rounding may leave the target a hair past the block's mass: then the last token of the block that has any
     last = (inside < inside[:, -1:]).sum(dim=-1)
     return block * _BLOCK + torch.minimum(within, last)
 
@@ -62,7 +61,8 @@ def sample(logits: Tensor, sampling: Sampling, u: Tensor) -> tuple[Tensor, Tenso
         tokens [N]; log-probabilities [N] at the temperature, untruncated; the same under the truncated
         distribution, or None when no truncation is on.
     """
-    logits = logits.float()
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
         return tokens, _logp(logits, tokens), None
@@ -74,7 +74,7 @@ def sample(logits: Tensor, sampling: Sampling, u: Tensor) -> tuple[Tensor, Tenso
         tokens = draw(p, u)
         mass = p.sum(dim=-1, dtype=torch.float64)
         picked = (logits.gather(-1, tokens.unsqueeze(-1)) - top).squeeze(-1)
-        return tokens, (picked - mass.log()).float(), None
+        return tokens, (picked - mass.log()).to(logits.dtype), None
     kept = truncate(logits, sampling)
     tokens = draw(kept.softmax(dim=-1), u)
     return tokens, _logp(logits, tokens), _logp(kept, tokens)

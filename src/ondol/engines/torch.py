@@ -26,7 +26,7 @@ from ondol.errors import OndolError
 from ondol.models import forward
 from ondol.records import Finish
 
-_TAIL = 24  # tokens re-read when looking for a stop string: more than any stop string spans
+_MARGIN = 8  # tokens read beyond a stop string's bytes, for characters that the first of them cut in two
 _GROW = 64  # KV length grows in steps of this many tokens
 
 
@@ -40,7 +40,8 @@ class _Row:
     request: Request | None = None
     uniforms: np.ndarray | None = None
     out: Completion | None = None
-    deadline: float = 0.0
+    started: float = 0.0
+    tail: int = 0  # tokens that any of the stop strings can span
 
 
 class TorchEngine:
@@ -89,16 +90,20 @@ class TorchEngine:
                 f"a prompt of {len(request.ids)} tokens does not fit the model's context of {self.context_length}",
                 "shorten the prompt or the observations, or take a model with a longer context",
             )
+        row = self._rows.get(request.session)
+        if (row is not None and row.request is not None) or any(w.session == request.session for w in self._waiting):
+            raise OndolError(f"session '{request.session}' has a turn under way", "wait for it, or release the session")
         self._waiting.append(request)
 
     def release(self, session: str) -> None:
         self._rows.pop(session, None)
+        if any(w.session == session for w in self._waiting):
+            self._waiting = deque(w for w in self._waiting if w.session != session)
 
     def sync(self, version: int) -> None:
-        self.version = version
-        busy = [r for r in self._rows.values() if r.request is not None]
-        if busy:
+        if any(r.request is not None for r in self._rows.values()):
             raise OndolError("weights changed while turns were being sampled", "finish or release them first")
+        self.version = version
         self._rows.clear()
         self._cache.free()
 
@@ -110,10 +115,10 @@ class TorchEngine:
         if not rows:
             return []
         now = time.monotonic()
-        late = [r for r in rows if now > r.deadline]
+        late = [r for r in rows if r.request is not None and now >= r.started + r.request.timeout_s]
         done = [self._finish(r, Finish.TIMEOUT) for r in late]
         rows = [r for r in rows if r.request is not None]
-        batch, ready = self._compose(rows)
+        batch, ready = self._compose(rows) if rows else ([], [])
         if batch:
             states = self._forward(batch)
             if ready:
@@ -145,7 +150,8 @@ class TorchEngine:
             self.stats.reused_tokens += row.cached
             row.tokens, row.request = tokens, request
             row.uniforms = uniforms(request.seed, request.sampling.max_tokens)
-            row.deadline = time.monotonic() + request.timeout_s
+            row.tail = max((len(s.encode()) for s in request.stop), default=0) + _MARGIN
+            row.started = time.monotonic()
             row.out = Completion(request.session, [], [], [], "", Finish.LENGTH, self.version, cached_tokens=row.cached)
         self._waiting.extend(held)
 
@@ -157,14 +163,14 @@ class TorchEngine:
         leaders: list[_Row] = []
         self._cache.reserve(max(r.slot for r in rows) + 1, max(len(r.tokens) for r in rows) + 1, self.model)
         for row in sorted(rows, key=lambda r: r.slot):
-            if row.cached == 0 and self.share_prefixes and len(row.tokens) > 1:
+            if self.share_prefixes and len(row.tokens) - row.cached > 1:
                 donor, shared = self._donor(row)
                 if donor is not None:
                     self._cache.copy(donor.slot, row.slot, shared)
-                    row.cached = shared
-                    self.stats.reused_tokens += shared
+                    self.stats.reused_tokens += shared - row.cached
                     if row.out is not None:
-                        row.out.cached_tokens = shared
+                        row.out.cached_tokens += shared - row.cached
+                    row.cached = shared
                 if any(_common(o.tokens, row.tokens) > row.cached + _GROW // 4 for o in leaders):
                     continue  # another row of this pass computes a longer prefix: wait one pass and copy it
             new = len(row.tokens) - row.cached
@@ -181,8 +187,8 @@ class TorchEngine:
         return batch, ready
 
     def _donor(self, row: _Row) -> tuple[_Row | None, int]:
-        """The slot that holds the longest prefix of this row's tokens, and its length."""
-        best, length = None, 0
+        """The slot that holds more of this row's tokens than its own does, the most of all, and how many."""
+        best, length = None, row.cached
         for other in self._rows.values():
             if other is not row and other.cached > length:
                 shared = min(_common(other.tokens[: other.cached], row.tokens), len(row.tokens) - 1)
@@ -243,7 +249,7 @@ class TorchEngine:
         if token in request.end_ids:
             return Finish.END
         if request.stop:
-            tail = self.tokenizer.decode(out.ids[-_TAIL:], skip_special_tokens=False)
+            tail = self.tokenizer.decode(out.ids[-row.tail :], skip_special_tokens=False)
             if any(s in tail for s in request.stop):
                 return Finish.STOP
         if len(out.ids) >= request.sampling.max_tokens:
@@ -259,8 +265,9 @@ class TorchEngine:
         ids = out.ids[:-1] if finish is Finish.END else out.ids
         out.text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if finish is Finish.STOP:  # the last token may hold text past the stop string: the action ends at the string
-            out.text = out.text[: min(out.text.index(s) + len(s) for s in request.stop if s in out.text)]
-        out.finish = finish
+            ends = [out.text.index(s) + len(s) for s in request.stop if s in out.text]
+            out.text = out.text[: min(ends, default=len(out.text))]
+        out.finish, out.seconds = finish, time.monotonic() - row.started
         row.request = row.out = row.uniforms = None
         return out
 

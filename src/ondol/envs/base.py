@@ -65,7 +65,7 @@ class Env(Part):
     modality: ClassVar[str] = "text"
     action_space: ClassVar[str] = "text"
 
-    max_turns: int = Field(1, ge=1, description="most turns the policy gets; 1 is single-turn")
+    max_turns: int = Field(default=1, ge=1, description="most turns the policy gets; 1 is single-turn")
 
     def call_style(self, renderer: Any) -> CallStyle | None:
         """How the model's text becomes tool calls, None when there are no tools."""

@@ -25,11 +25,11 @@ class ToolEnv(Env):
     capabilities: ClassVar[frozenset[str]] = frozenset({"tool use", "reasoning"})
     action_space: ClassVar[str] = "text or tool call"
 
-    max_turns: int = Field(2, ge=1, description="most turns; a call on the last one is not carried out")
-    tools: tuple[Any, ...] = Field((), description="tools by name or as tables; none makes it plain question answering")
-    calls: Literal["tags", "json"] = Field("tags", description="<python>...</python>, or the model family's own JSON")
-    system: str | None = Field(None, description="system message; by default a line that describes the tools")
-    result_role: Literal["tool", "user"] = Field("user", description="role of the message that carries a tool's result")
+    max_turns: int = Field(default=2, ge=1, description="most turns; a call on the last one is not carried out")
+    tools: tuple[Any, ...] = Field(default=(), description="tools by name or as tables; none makes it plain question answering")
+    calls: Literal["tags", "json"] = Field(default="tags", description="<python>...</python>, or the model family's own JSON")
+    system: str | None = Field(default=None, description="system message; by default a line that describes the tools")
+    result_role: Literal["tool", "user"] = Field(default="user", description="role of the message that carries a tool's result")
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -79,13 +79,43 @@ class ToolEnv(Env):
         return _Episode(self, task, problem, trajectory_id, renderer, examples)
 
 
+class Toolbox:
+    """The tools of one trajectory: carries out calls, each tool in a session of its own that lives until `close`."""
+
+    def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str) -> None:
+        self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
+        self.sessions: dict[str, ToolSession] = {}
+
+    async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
+        """Results in the order of a turn's calls (at least one), and the observation that tells the model of them."""
+        assert self.style is not None, "calls come from a call style, and without tools there is none"
+        results = await asyncio.gather(*(self._call(c) for c in calls))
+        text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, calls))
+        return list(results), Message(self.env.result_role, text, name=calls[0].name or None)
+
+    async def close(self) -> None:
+        for session in self.sessions.values():
+            await session.close()
+        self.sessions.clear()
+
+    async def _call(self, call: ToolCall) -> ToolResult:
+        if call.error is not None:
+            return ToolResult(f"error: {call.error}", ok=False, kind="bad_arguments")
+        tool = self.env._by_name.get(call.name)
+        if tool is None:
+            known = ", ".join(self.env._by_name)
+            return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
+        if call.name not in self.sessions:
+            self.sessions[call.name] = tool.session(self.id)
+        return await call_tool(self.sessions[call.name], tool, call)
+
+
 class _Episode:
     def __init__(
         self, env: ToolEnv, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message]
     ) -> None:
         self.env, self.task, self.problem, self.id, self.examples = env, task, problem, trajectory_id, examples
-        self.renderer, self.style = renderer, env.call_style(renderer)
-        self.sessions: dict[str, ToolSession] = {}
+        self.renderer, self.toolbox = renderer, Toolbox(env, renderer, trajectory_id)
         self.over = False
 
     async def reset(self) -> list[Message]:
@@ -103,24 +133,8 @@ class _Episode:
         if last_turn:
             self.over = True
             return StepResult([], truncated=True)
-        assert self.style is not None
-        results = await asyncio.gather(*(self._call(c) for c in action.calls))
-        text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, action.calls))
-        name = action.calls[0].name or None
-        return StepResult([Message(self.env.result_role, text, name=name)], results=list(results))
-
-    async def _call(self, call: ToolCall) -> ToolResult:
-        if call.error is not None:
-            return ToolResult(f"error: {call.error}", ok=False, kind="bad_arguments")
-        tool = self.env._by_name.get(call.name)
-        if tool is None:
-            known = ", ".join(self.env._by_name)
-            return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
-        if call.name not in self.sessions:
-            self.sessions[call.name] = tool.session(self.id)
-        return await call_tool(self.sessions[call.name], tool, call)
+        results, observation = await self.toolbox.carry_out(action.calls)
+        return StepResult([observation], results=results)
 
     async def close(self) -> None:
-        for session in self.sessions.values():
-            await session.close()
-        self.sessions.clear()
+        await self.toolbox.close()

@@ -49,8 +49,8 @@ class Method(Part):
     signal: ClassVar[str]
     source: ClassVar[str]
 
-    minibatches: int = Field(1, ge=1, description="optimiser updates per batch of rollouts")
-    epochs: int = Field(1, ge=1, description="passes over a batch of rollouts")
+    minibatches: int = Field(default=1, ge=1, description="optimiser updates per batch of rollouts")
+    epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
     min_samples: ClassVar[int] = 1
 
     @property

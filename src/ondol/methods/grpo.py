@@ -32,7 +32,8 @@ def group_advantages(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tenso
     low = torch.full_like(count, torch.inf).scatter_reduce(0, index, rewards, "amin")
     centred = torch.where((high == low)[index], 0.0, rewards - mean[index])  # no rounding residue in equal groups
     variance = torch.zeros_like(count).index_add(0, index, centred**2) / (count - 1).clamp(min=1)
-    return centred / (variance[index].sqrt() + eps)
+    scale = variance[index].sqrt() + eps
+    return torch.where(scale > 0, centred / scale, 0.0)
 
 
 def clipped_ratio_loss(
@@ -41,10 +42,11 @@ def clipped_ratio_loss(
     """-min(r A, clip(r, 1 - low, 1 + high) A) per token, r = exp(logp - old_logp).
 
     All [T]. Returns (loss, ratio, clipped), `clipped` being 1.0 where the clip bites (the gradient is zero there).
+    log r is held within +-20, as verl does: e^89 overflows float32, and 0 * infinity would make the gradient NaN.
     """
     import torch
 
-    ratio = torch.exp(logp - old_logp)
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))
     plain = ratio * advantage
     bounded = ratio.clamp(1 - low, 1 + high) * advantage
     return -torch.minimum(plain, bounded), ratio, (bounded < plain).to(logp.dtype)
@@ -70,12 +72,12 @@ class GRPO(Method):
     source: ClassVar[str] = "arXiv 2402.03300"
     min_samples: ClassVar[int] = 2
 
-    clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip offset; 0.2 as PPO's, which the paper keeps")
-    clip_high: float = Field(0.2, gt=0, description="upper clip offset")
-    kl_coef: float = Field(
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="lower clip offset; 0.2 as PPO's, which the paper keeps")
+    clip_high: float = Field(default=0.2, gt=0, description="upper clip offset")
+    kl_coef: float = Field(default=
         0.04, ge=0, description="weight of the KL to the start of RL; 0.04 in the paper, section 4.1"
     )
-    eps: float = Field(1e-4, ge=0, description="added to the group's std; not in the paper's formula, 1e-4 is common")
+    eps: float = Field(default=1e-4, ge=0, description="added to the group's std; not in the paper's formula, 1e-4 is common")
 
     @property
     def needs_reference(self) -> bool:

@@ -17,7 +17,7 @@ from ondol.errors import OndolError, nearest
 from ondol.models import bundled
 from ondol.models.lora import LoraSettings, apply_lora
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 
 #: Context length when neither config nor tokenizer gives one (models without position limits).
 FALLBACK_CONTEXT = 4096

@@ -23,9 +23,9 @@ ADAPTER = "default"
 class LoraSettings(Part):
     """Settings of the adapters. The product is scaled by alpha / rank."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers, such as ["q_proj", "v_proj"]; "all-linear" is every linear layer but the output head."""
     seed: int = 0

@@ -17,7 +17,7 @@ _DIGITS = 4000  # longer numbers and exponents are not read: they are never mean
 # them: "7-5" ends in 5. Currency signs may stand between sign and digits.
 _UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}.%])(?P<sign>[-+−]))?(?<![A-Za-z_0-9])[$€£]?(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<bottom>[0-9]+)(?![0-9.]))?"
+    rf"(?:(?<![A-Za-z0-9_)\]}}%])(?P<sign>[-+−]))?(?<![A-Za-z_0-9])[$€£]?(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<bottom>[0-9]+)(?![0-9.]))?"
 )
 
 
@@ -78,6 +78,11 @@ def last_number(text: str) -> Fraction | None:
             return None
         value /= int(match["bottom"])
     return -value if match["sign"] in ("-", "−") else value
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is one number and nothing else."""
+    return _NUMBER.fullmatch(text) is not None
 
 
 def last_match(text: str) -> re.Match[str] | None:

@@ -8,16 +8,23 @@ together, and with it the last bit of every number, does not depend on the clock
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ondol.engines.base import Completion, Engine, Request, Sampling
-from ondol.envs.base import Env
+from ondol.envs.base import Env, Episode
 from ondol.errors import OndolError
 from ondol.records import Finish, Group, Message, Problem, StopReason, ToolCall, Trajectory, Turn
 from ondol.tasks.base import Task
+
+_T = TypeVar("_T")
+_POLL_S = 0.5  # how often we ask whether to stop while only tools are at work
+_CLOSE_S = 10.0  # for an environment to tidy up
+_GRACE_S = 60.0  # beyond a trajectory's time: an engine that finishes nothing for so long is given up
 
 _STOP = {
     Finish.LENGTH: StopReason.TURN_LENGTH,
@@ -36,10 +43,10 @@ class Plan:
         step: which update this is for; part of keys and streams.
         first: number of the first problem, for keys and streams.
         examples: worked conversations put before each question.
-        timeout_s: deadline of one whole trajectory.
+        timeout_s: most time for one trajectory, its sampling and its environment; waiting for a place does not count.
         overlap_tools: let the engine go on while tools run.
         progress: called with each finished trajectory.
-        stop: called between engine steps; raise in it to give up (everything is cleaned up).
+        stop: called between engine steps and while tools run; raise in it to give up (everything is cleaned up).
     """
 
     task: Task
@@ -62,7 +69,13 @@ def rollout(engine: Engine, renderer: Any, plan: Plan) -> list[Group]:
 
     A tool or an environment that fails makes a trajectory with that stop reason, never an exception here.
     """
-    return asyncio.run(_Rollout(engine, renderer, plan).run())
+    work = _Rollout(engine, renderer, plan).run
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:  # called from a notebook, whose thread has a loop of its own
+        return pool.submit(lambda: asyncio.run(work())).result()
 
 
 class _Rollout:
@@ -94,22 +107,32 @@ class _Rollout:
 
     async def _drive(self, tasks: list[asyncio.Task[Trajectory]]) -> None:
         """Step the engine until all episodes are done."""
+        heard = time.monotonic()
         while not all(t.done() for t in tasks):
             self.plan.stop()
-            while self.away and not (self.plan.overlap_tools and (self.asked or self.engine.busy)):
+            if self.away and not (self.plan.overlap_tools and (self.asked or self.engine.busy)):
                 self.changed.clear()
-                if not self.away:
-                    break
-                await asyncio.wait_for(self.changed.wait(), self.plan.timeout_s + 60)
-            for key in sorted(self.asked):  # the order of submission must not depend on which tool was faster
-                request, future = self.asked.pop(key)
-                self.sampling[key] = future
-                self.engine.submit(request)
-            for completion in self.engine.step():
-                future = self.sampling.pop(completion.session)
-                if not future.done():
-                    self.away += 1
-                    future.set_result(completion)
+                with contextlib.suppress(TimeoutError):  # now and then, to ask whether to stop
+                    await asyncio.wait_for(self.changed.wait(), _POLL_S)
+                heard = time.monotonic()
+                continue
+            for session in sorted(self.asked):  # the order of submission must not depend on which tool was faster
+                request, self.sampling[session] = self.asked.pop(session)
+                try:
+                    self.engine.submit(request)
+                except OndolError as e:  # it does not fit the context
+                    self._answer(session, e)
+            completions = self.engine.step()
+            for completion in completions:
+                self._answer(completion.session, completion)
+            if completions or not self.sampling:
+                heard = time.monotonic()
+            elif (silent := time.monotonic() - heard) > self.plan.timeout_s + _GRACE_S:
+                for session in list(self.sampling):
+                    self.engine.release(session)
+                    error = f"the engine finished nothing for {silent:.0f} s"
+                    nothing = Completion(session, [], [], [], "", Finish.TIMEOUT, self.engine.version, error)
+                    self._answer(session, nothing)
             await asyncio.sleep(0)
 
     async def _sample(self, request: Request) -> Completion:
@@ -117,6 +140,17 @@ class _Rollout:
         self.asked[request.session] = (request, future)
         self._leave()
         return await future
+
+    def _answer(self, session: str, answer: Completion | OndolError) -> None:
+        """Hand an episode what it waits for."""
+        future = self.sampling.pop(session, None)
+        if future is None or future.done():
+            return
+        self.away += 1
+        if isinstance(answer, OndolError):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
     def _leave(self) -> None:
         self.away -= 1
@@ -127,51 +161,66 @@ class _Rollout:
 
     async def _episode(self, problem: Problem, number: int, sample: int) -> Trajectory:
         plan, session = self.plan, self._id(number, sample)
-        episode = plan.env.episode(plan.task, problem, session, self.renderer, plan.examples)
         t = Trajectory(
             (plan.step, number, sample), problem, [], 0, [], [], [], [], temperature=plan.sampling.temperature
         )
+        episode: Episode | None = None
         try:
-            t.messages = await episode.reset()
-            _extend(t, self.renderer.prompt(t.messages, self.schemas))
-            t.prompt_length = len(t.ids)
-            await self._turns(t, episode, session, (plan.step, number, sample))
+            episode = plan.env.episode(plan.task, problem, session, self.renderer, plan.examples)
+            await self._turns(t, episode, session)
         except OndolError as e:
             t.stop_reason, t.info["error"] = StopReason.ERROR, str(e)
-        except asyncio.CancelledError:
-            raise
         except Exception as e:  # an environment's bug harms its own trajectory only
             t.stop_reason, t.info["error"] = StopReason.ERROR, f"{type(e).__name__}: {e}"
         finally:
-            await episode.close()
+            try:
+                if episode is not None:
+                    async with asyncio.timeout(_CLOSE_S):
+                        await episode.close()
+            except Exception as e:
+                t.info["close_error"] = f"{type(e).__name__}: {e}"
             self.engine.release(session)
-        self._leave()
+            self._leave()
         plan.progress(t)
         return t
 
-    async def _turns(self, t: Trajectory, episode: Any, session: str, key: tuple[int, int, int]) -> None:
-        plan, deadline = self.plan, time.monotonic() + self.plan.timeout_s
+    async def _turns(self, t: Trajectory, episode: Episode, session: str) -> None:
+        plan, clock = self.plan, _Clock(self.plan.timeout_s)
+        t.messages = await clock.run(episode.reset()) or []
+        if clock.expired:
+            t.stop_reason = StopReason.TIMEOUT
+            return
+        _extend(t, self.renderer.prompt(t.messages, self.schemas))
+        t.prompt_length = len(t.ids)
         for turn in range(plan.env.max_turns):
-            done = await self._sample(
-                Request(
-                    session=session,
-                    ids=t.ids,
-                    sampling=plan.sampling,
-                    seed=(*plan.seed, *key, turn),
-                    stop=self.style.stop if self.style else (),
-                    end_ids=self.renderer.end_ids,
-                    messages=list(t.messages),
-                    timeout_s=max(0.0, deadline - time.monotonic()),
-                )
+            request = Request(
+                session=session,
+                ids=t.ids,
+                sampling=plan.sampling,
+                seed=(*plan.seed, *t.key, turn),
+                stop=self.style.stop if self.style else (),
+                end_ids=self.renderer.end_ids,
+                messages=list(t.messages),
+                timeout_s=clock.left_s,
             )
+            try:
+                done = await self._sample(request)
+            except OndolError as e:
+                if turn == 0:
+                    raise
+                t.stop_reason, t.info["error"] = StopReason.CONTEXT, str(e)
+                return
+            clock.left_s = max(0.0, clock.left_s - done.seconds)
             action = self._record(t, done)
             if done.finish in _STOP:
                 t.stop_reason = _STOP[done.finish]
                 if done.error:
                     t.info["error"] = done.error
                 return
-            last = turn == plan.env.max_turns - 1
-            result = await episode.step(action, last)
+            result = await clock.run(episode.step(action, turn == plan.env.max_turns - 1))
+            if result is None:
+                t.stop_reason = StopReason.TIMEOUT
+                return
             t.turns[-1].results = result.results
             t.reward += result.reward
             if result.terminated or result.truncated:
@@ -181,9 +230,10 @@ class _Rollout:
             observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
             t.messages += result.messages
             _extend(t, observation)
-            if time.monotonic() > deadline:
+            if clock.expired:
                 t.stop_reason = StopReason.TIMEOUT
                 return
+        t.stop_reason = StopReason.MAX_TURNS  # for environments that leave it to us to end after the last turn
 
     def _record(self, t: Trajectory, done: Completion) -> Message:
         """Append a sampled turn; the assistant message it amounts to."""
@@ -200,6 +250,31 @@ class _Rollout:
         message = Message("assistant", done.text, tuple(calls))
         t.messages.append(message)
         return message
+
+
+class _Clock:
+    """The time a trajectory has left: the engine's work on it and its environment's count, waiting for others does not."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left_s = seconds
+
+    @property
+    def expired(self) -> bool:
+        return self.left_s <= 0
+
+    async def run(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        """What `work` gives; None, with the clock expired, when it takes too long."""
+        started, limit = time.monotonic(), asyncio.timeout(self.left_s)
+        try:
+            async with limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():  # the environment's own
+                raise
+            self.left_s = 0.0
+            return None
+        finally:
+            self.left_s = max(0.0, self.left_s - (time.monotonic() - started))
 
 
 def _extend(t: Trajectory, ids: list[int]) -> None:

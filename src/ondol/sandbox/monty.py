@@ -242,6 +242,8 @@ def _split(code: str) -> tuple[str, str]:
     A guess only. `pass;` in front of the tail makes every wrong guess a syntax error: inside brackets or after a line
     continuation it may not stand, and inside a string it leaves our bracket unbalanced.
     """
+    if code.rstrip().endswith("\\"):  # would swallow what we append
+        return code, ""
     lines = code.splitlines(keepends=True)
     for i in range(len(lines) - 1, -1, -1):
         first = lines[i][:1]

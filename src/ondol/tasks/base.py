@@ -49,6 +49,10 @@ class Task(Part):
         """Responses that must score below 1; at least one."""
         raise NotImplementedError
 
+    def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
+        """A response to imitate, right or wrong, drawn from `random` alone. Tasks with many answers should draw one."""
+        return self.gold(problem) if right else random.choice([m for m in self.near_misses(problem) if m])
+
     def check(self, count: int = 20) -> None:
         """Score the gold answers and near misses of `count` problems per split. Raises OndolError on the first slip."""
         splits: tuple[Split, ...] = ("train", "test")

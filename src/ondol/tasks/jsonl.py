@@ -29,7 +29,7 @@ class Jsonl(Task):
 
     @model_validator(mode="after")
     def _loads(self) -> Jsonl:
-        _ = self._splits, self._verifier  # mistakes are found before a run starts
+        _ = self._verifier, self._splits  # mistakes are found before a run starts
         return self
 
     def problem(self, index: int, split: Split = "train") -> Problem:

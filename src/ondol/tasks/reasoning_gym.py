@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ondol.errors import OndolError, nearest
 from ondol.records import Problem
+from ondol.rewards._process import Judge
 from ondol.rewards.base import marked_answer
 from ondol.rewards.numeric import last_match
 from ondol.tasks.base import DrawnTask
@@ -20,8 +21,22 @@ _FAR = 2**31 - 2  # items drawn from, where a dataset makes any item on demand
 _NEAR = 4096  # items drawn from, where it prepares a list of them beforehand
 _NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")
 
-#: Where a dataset has several right answers it may leave `answer` empty and keep an example in its metadata.
-_EXAMPLES = ("example_correct_answer", "example_answer", "possible_answer")
+_MAKE_S = 60.0  # for an item to be made; puzzles search
+
+#: Datasets whose scorer evaluates the response as Python (see `_gym_worker`).
+EVALUATED = {
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+}
+
+_judge = Judge("ondol.tasks._gym_worker")
 
 
 class ReasoningGym(DrawnTask):
@@ -35,29 +50,29 @@ class ReasoningGym(DrawnTask):
     dataset: str = Field(description="name of the dataset, e.g. 'chain_sum'")
     options: dict[str, Any] = Field(default={}, description="the dataset's own settings (its size and seed are ours)")
 
+    timeout_s: float = Field(default=5.0, gt=0, le=600, description="time limit of one score")
+
     @model_validator(mode="after")
     def _known(self) -> ReasoningGym:
         for key in ("seed", "size"):
             if key in self.options:
                 raise ValueError(f"options.{key}: it is set by the task")
-        _source(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
+        source(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
         return self
 
     def draw(self, random: Random) -> Problem:
         item = random.randrange(_items(self.dataset, self._options))
-        entry = _entry(self.dataset, self._options, item)
-        return Problem("", entry["question"], _answer(entry), {"item": item})
+        question, answer = _question(self.dataset, self._options, item)
+        return Problem("", question, answer, {"item": item})
 
     def score(self, problem: Problem, response: str) -> float:
-        entry = _entry(self.dataset, self._options, problem.data["item"])
         given = _extract(response, problem.answer)
         if not given:
             return 0.0
-        try:
-            score = float(_source(self.dataset, self._options).score_answer(given, entry))
-        except Exception:  # scorers trust their input's form; what they choke on is not an answer
-            return 0.0
-        return min(max(score, 0.0), 1.0) if score == score else 0.0
+        question = {"dataset": self.dataset, "options": self._options, "item": problem.data["item"], "given": given}
+        score = _judge.ask(question, self.timeout_s)
+        # Scorers trust their input's form: what they choke on is not an answer.
+        return min(max(score, 0.0), 1.0) if isinstance(score, float) and score == score else 0.0
 
     def gold(self, problem: Problem) -> str:
         if not problem.answer:
@@ -76,7 +91,7 @@ class ReasoningGym(DrawnTask):
 
 # Kept here rather than in the task: a task must stay plain data that can be sent to another process.
 @lru_cache(maxsize=64)
-def _source(dataset: str, options: str) -> Any:
+def source(dataset: str, options: str) -> Any:
     """The dataset `dataset`, with the settings `options` (JSON)."""
     try:
         import reasoning_gym
@@ -94,24 +109,21 @@ def _source(dataset: str, options: str) -> Any:
 @lru_cache(maxsize=64)
 def _items(dataset: str, options: str) -> int:
     try:
-        _source(dataset, options)[_FAR]
+        source(dataset, options)[_FAR]
     except IndexError:
         return _NEAR
     return _FAR
 
 
 @lru_cache(maxsize=4096)
-def _entry(dataset: str, options: str, item: int) -> dict[str, Any]:
-    # Made again from its number when it is scored: metadata need not survive a trip through JSON.
-    return _source(dataset, options)[item]
-
-
-def _answer(entry: dict[str, Any]) -> str:
-    """The gold answer as text, "" where the dataset gives none."""
-    for answer in (entry["answer"], *(entry["metadata"].get(key) for key in _EXAMPLES)):
-        if answer is not None:
-            return answer if isinstance(answer, str) else json.dumps(answer)
-    return ""
+def _question(dataset: str, options: str, item: int) -> tuple[str, str]:
+    # Not made here: some datasets' items depend on the order of sets, which only the child keeps the same.
+    made = _judge.ask({"dataset": dataset, "options": options, "item": item, "given": None}, _MAKE_S)
+    if made is None:
+        raise OndolError(
+            f"reasoning-gym's '{dataset}' did not make item {item}", "try other options, or another dataset"
+        )
+    return made["question"], made["answer"]
 
 
 def _extract(response: str, gold: str) -> str:

@@ -6,6 +6,7 @@ The task of the pilot runs on prompt history (DCPO, arXiv 2509.02333) and on div
 from __future__ import annotations
 
 import re
+from random import Random
 
 from pydantic import Field, model_validator
 
@@ -61,6 +62,13 @@ class TwoAddends(Task):
             f"1+{n - 1}={n}",
             f"-1+{n + 1}",
         ]
+
+    def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
+        """Any pair; a wrong one adds up to another N, up to 9 away."""
+        n = problem.data["n"]
+        total = n if right else random.choice([m for m in range(max(2, n - 9), n + 10) if m != n])
+        a = random.randint(1, total - 1)
+        return f"{a}+{total - a}"
 
     def answer_class(self, problem: Problem, response: str) -> str | None:
         """Which kind of right answer this is: the unordered pair, in buckets of 3. None for a wrong one."""

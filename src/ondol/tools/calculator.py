@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -88,7 +89,7 @@ def plain(value: int | float) -> str:
         return str(int(value))
     text = f"{value:.15g}"
     if "e" in text and 1e-9 < abs(value) < 1e21:
-        text = f"{value:.24f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
+        text = f"{Decimal(text):f}"
     return text
 
 

@@ -9,19 +9,25 @@ from ondol.errors import OndolError
 from ondol.records import Trajectory
 from ondol.store import Run
 
+_PHASES = ("warm_start", "rl")
+
 
 def read_trajectories(source: str | Path) -> list[Trajectory]:
-    """Trajectories of a JSONL file (one `Trajectory.to_dict()` a line) or of a run's folder (its RL steps).
+    """Trajectories of a JSONL file (one `Trajectory.to_dict()` a line) or of a run's folder, of its phases for training.
 
-    Raises OndolError naming file and line for anything that is not a trajectory.
+    A line that names another phase, an evaluation's, is left out: held-out problems are never trained on. Raises
+    OndolError naming file and line for anything that is not a trajectory.
     """
     path = Path(source)
     if path.is_dir():
         run = Run.open(path)
         try:
-            return list(run.db.trajectories(phase="rl"))
+            found = [t for phase in _PHASES for t in run.db.trajectories(phase=phase)]
         finally:
             run.close()
+        if not found:
+            raise OndolError(f"{path} has recorded no trajectories to train on", "name a run that sampled some")
+        return found
     out: list[Trajectory] = []
     try:
         with path.open(encoding="utf-8") as lines:
@@ -29,9 +35,13 @@ def read_trajectories(source: str | Path) -> list[Trajectory]:
                 if not line.strip():
                     continue
                 try:
-                    out.append(_checked(Trajectory.from_dict(_inner(json.loads(line)))))
-                except (ValueError, TypeError, KeyError, AttributeError) as e:
-                    what = f"{type(e).__name__}: {e}"
+                    data = json.loads(line)
+                    if not isinstance(data, dict):
+                        raise TypeError("not a JSON object")
+                    if data.pop("phase", "rl") in _PHASES:
+                        out.append(_checked(Trajectory.from_dict(data)))
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+                    what = f"no '{e.args[0]}'" if isinstance(e, KeyError) else str(e)
                     raise OndolError(
                         f"{path}:{number}: not a trajectory ({what})", "export one with: ondol export RUN trajectories"
                     ) from e
@@ -42,14 +52,20 @@ def read_trajectories(source: str | Path) -> list[Trajectory]:
     return out
 
 
-def _inner(data: dict) -> dict:
-    """An export's line may wrap the trajectory with the phase and step it was recorded in."""
-    return data["trajectory"] if "trajectory" in data else {k: v for k, v in data.items() if k != "phase"}
-
-
 def _checked(t: Trajectory) -> Trajectory:
     n = len(t.ids)
-    for name in ("sampled", "trained", "logp", "version"):
-        if len(getattr(t, name)) != n:
-            raise ValueError(f"'{name}' has {len(getattr(t, name))} entries for {n} ids")
+    kinds = {"ids": int, "sampled": bool, "trained": bool, "logp": (int, float), "version": int}
+    for name, kind in kinds.items():
+        values = getattr(t, name)
+        if len(values) != n:
+            raise ValueError(f"'{name}' has {len(values)} entries for {n} ids")
+        wrong = next((v for v in values if not isinstance(v, kind)), None)
+        if wrong is not None:
+            raise ValueError(f"'{name}' holds {wrong!r:.40}")
+    if not 0 <= t.prompt_length <= n or any(t.trained[: t.prompt_length]):
+        raise ValueError(f"'prompt_length' is {t.prompt_length}, which does not fit its {n} ids and masks")
+    if not isinstance(t.reward, (int, float)) or not isinstance(t.score, (int, float)):
+        raise ValueError("'score' and 'reward' must be numbers")
+    if len(t.key) != 3 or not all(isinstance(k, int) for k in t.key):
+        raise ValueError("'key' must be three whole numbers: step, problem, sample")
     return t

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from ondol.train.logprobs import log_probs
 from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_, pack
 
-#: (logp [T], batch, reference log-probs [T] or None) -> loss [T] of the trained targets, per-token reports
+#: (logp [T], batch, reference log-probs [T] or None), all of the T trained targets only -> loss [T], per-token reports
 LossFn = Callable[[Tensor, Batch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -95,18 +97,20 @@ class Learner:
             if self.reference is not None:
                 with torch.no_grad():
                     reference = log_probs(self.reference, batch)[0]
-            losses, reports = loss_fn(logp, batch, reference)
             trained = batch.trained
-            # where() and not a product: a token outside the loss must not matter even if its loss is NaN or infinite
-            loss = torch.where(trained, losses * batch.weight.to(losses.dtype), 0.0).sum()
+            # picked out, not multiplied by zero: the loss of a token outside may be NaN, and so may its gradient
+            counted = _only(batch, trained)
+            losses, reports = loss_fn(logp[trained], counted, None if reference is None else reference[trained])
+            loss = (losses * counted.weight.to(losses.dtype)).sum()
             if not torch.isfinite(loss):
                 raise NotFinite("the loss is not finite", batch)
             loss.backward()
-            loss_sum += float(loss)
+            self.optimizer.collect()
+            loss_sum += loss.item()
             with torch.no_grad():
                 totals.add("policy/entropy", entropy[trained])
                 for name, values in reports.items():
-                    totals.add(name, values[trained])
+                    totals.add(name, values)
                 own = batch.sampled & (batch.version == self.version)
                 gap = (logp - batch.logp.to(logp.dtype)).abs()[own]
                 totals.add("mismatch/mean_abs", gap)
@@ -157,10 +161,15 @@ class Learner:
             raise OndolError(
                 f"the method's filters kept none of {len(groups)} groups", "loosen them, or give an easier task"
             )
+        if any(t.turns and not t.ids for t in trajectories):
+            raise OndolError(
+                "these trajectories are text without token ids (an endpoint sampled them): nothing can be learned from them",
+                "sample with the embedded engine to train; endpoints are for evaluation and judging",
+            )
         group = torch.tensor([i for i, g in enumerate(kept) for _ in g.trajectories])
         rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
         if not torch.isfinite(rewards).all():
-            bad = [t.key for t in trajectories if t.reward != t.reward][:3]
+            bad = [t.key for t in trajectories if not math.isfinite(t.reward)][:3]
             raise OndolError(f"rewards are not finite (first trajectories: {bad})", "look at the verifier")
         advantages = method.advantages(rewards, group)
         metrics: dict[str, float] = {}
@@ -209,6 +218,12 @@ class Learner:
         update["learner/seconds"] = time.perf_counter() - started
         update["learner/tokens_per_s"] = update["learner/tokens"] / update["learner/seconds"]
         return {k: v for k, v in update.items() if not k.startswith("mismatch/")}
+
+
+def _only(batch: Batch, targets: Tensor) -> Batch:
+    """The batch with some of its targets, mask [T]."""
+    names = ("source", "target", "sequence", "sampled", "trained", "logp", "version", "advantage", "weight")
+    return dataclasses.replace(batch, **{n: getattr(batch, n)[targets] for n in names})
 
 
 def _method_loss(

@@ -101,7 +101,7 @@ class _Head(torch.autograd.Function):
                 kept = p
         ctx.save_for_backward(states, weight, target, kept)
         ctx.temperature, ctx.cap, ctx.chunk = temperature, cap, chunk
-        empty = torch.zeros(0, dtype=torch.float32, device=states.device)
+        empty = torch.zeros(0, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         both = (torch.cat(logp), torch.cat(entropy)) if rows else (empty, empty.clone())
         ctx.mark_non_differentiable(both[1])
         return both

@@ -34,6 +34,7 @@ from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner, NotFinite, dump_batch
 from ondol.train.optimizer import Optimizer
 from ondol.train.report import Reporter
+from ondol.train.warm_start import accepted, check_tokens, demonstrations, prompt, replant, updates
 
 #: first number after the run's seed in every random stream, so that no two uses share one
 PHASES = {"rl": 0, "warm_start": 1, "sft": 2, "evaluate": 3, "order": 4}
@@ -80,16 +81,22 @@ class Trainer:
         self.version = 0
         self.problems = held_out(recipe.task, recipe.evaluate.problems)
         self.stages = self._stages()
+        self.at = ("", 0)  # (stage, step) under way
         self.done = (-1, 0)  # (index of the stage, steps of it) that the weights now reflect
         self.saved: tuple[int, int] | None = None
+        self._kept: list[Trajectory] | None = None  # what the warm start imitates
 
     def train(self) -> str:
         """Do what is left to do. Returns the run's state: "finished" or "stopped" (interrupted; resumable)."""
         self.run.state = "running"
         try:
             with self.interrupt:
+                check_prompts(self.recipe, self.loaded)
+                if self.dump is not None:
+                    check_tokens(self.loaded, self.dump, "the dump")
                 self._restore()
-                self._check_prompts()
+                if self.recipe.evaluate.problems and not self.problems:
+                    self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
                 for index, stage in enumerate(self.stages):
                     if index >= self.done[0]:
@@ -98,26 +105,37 @@ class Trainer:
                     self.reporter.note("writing the model")
                     save_model(self.loaded, self.run.path / "model")
         except Interrupted:
-            self._save()
+            try:
+                self._save()
+            except BaseException:
+                self.run.state = "failed"
+                raise
             self.run.state = "stopped"
             return "stopped"
         except NotFinite as e:
             self.run.state = "failed"
-            if e.batch is not None:
-                path = (
-                    self.run.path
-                    / f"bad-batch-{self.stages[max(self.done[0], 0)].name}-{self.done[1] + 1:06d}.safetensors"
-                )
-                dump_batch(e.batch, path)
-                raise OndolError(
-                    f"{e.what} at step {self.done[1] + 1} of {self.run.name}; the batch is in {path}", e.remedy
-                ) from e
+            raise self._not_finite(e) from e
+        except KeyboardInterrupt:  # the second signal: at once, without saving
+            self.run.state = "stopped"
             raise
         except BaseException:
             self.run.state = "failed"
             raise
         self.run.state = "finished"
         return "finished"
+
+    def _not_finite(self, e: NotFinite) -> OndolError:
+        """Name the step, and put the batch aside for whoever wants to look."""
+        stage, step = self.at
+        where = f"{e.what} at step {step} of '{stage}' in {self.run.name}"
+        if e.batch is None:
+            return OndolError(where, e.remedy)
+        path = self.run.path / f"bad-batch-{stage}-{step:06d}.safetensors"
+        try:
+            dump_batch(e.batch, path)
+        except Exception as failure:  # the disk, say: what matters is told all the same
+            return OndolError(f"{where} (its batch could not be written: {failure})", e.remedy)
+        return OndolError(f"{where}; the batch is in {path}", e.remedy)
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -128,11 +146,12 @@ class Trainer:
         per_check = len(self.problems) * (1 + r.evaluate.samples) / 8
         if checks:
             out.append(Stage("before", 1, lambda i: self._check("before", i), work=per_check))
-        if r.warm_start is not None and not self.dump:
+        if r.warm_start is not None and not self.dump and not self.rollout_only:
             w = r.warm_start
-            if w.trajectories is None:
+            if w.samples:
                 out.append(Stage("warm_start", 1, self._collect, work=w.problems * w.samples_per_problem / 8))
-            out.append(Stage("sft", 0, self._imitate, trains=True, work=w.epochs * w.problems * w.keep_per_problem / 2))
+            traces = w.problems * (w.samples_per_problem if w.from_task else w.keep_per_problem)
+            out.append(Stage("sft", 0, self._imitate, trains=True, work=w.epochs * traces / 2))
             if checks and r.train.steps:
                 out.append(Stage("warm", 1, lambda i: self._check("warm", i), work=per_check))
         if r.train.steps:
@@ -145,28 +164,34 @@ class Trainer:
         return out
 
     def _run_stage(self, index: int, stage: Stage) -> None:
-        done = self.done[1] if self.done[0] == index else 0
-        if not stage.trains and self.run.db.meta(f"done:{stage.name}", 0) >= stage.steps > 0:
-            return  # recorded before an interruption, from these very weights
         if stage.name == "sft":
-            stage.steps = self._sft_steps()
-        if done >= stage.steps:
-            return
-        if stage.trains and done == 0:
-            self._begin(stage)
-        self.reporter.stage(stage.name, stage.steps)
+            stage.steps = updates(self.recipe, self._traces())
+        if stage.trains:
+            done = self.done[1] if self.done[0] == index else 0
+        else:  # recorded before an interruption, from these very weights
+            done = self.run.db.meta(f"done:{stage.name}", 0)
+        if done < stage.steps:
+            if stage.trains and done == 0:
+                self._begin(stage, fresh=True)
+            self.reporter.stage(stage.name, stage.steps)
+        if stage.name == "rl" and done:
+            self._check_between(done)  # an interruption may have come in the middle of it
         for number in range(done + 1, stage.steps + 1):
             self.interrupt.check()
+            self.at = (stage.name, number)
+            self.engine.sync(self.version)  # with an empty cache, so that a resumed step begins as an uninterrupted one
             stage.step(number)
             if stage.trains:
                 self.done = (index, number)
-                if number == stage.steps or number % self.recipe.train.checkpoint_every_steps == 0:
-                    self._save()
             else:
                 self.run.db.set_meta(f"done:{stage.name}", number)
+            if stage.name == "rl":
+                self._check_between(number)
+            if stage.trains and (number == stage.steps or number % self.recipe.train.checkpoint_every_steps == 0):
+                self._save()
 
-    def _begin(self, stage: Stage) -> None:
-        """A training stage starts: its optimiser is new, and so is the reference it may need."""
+    def _begin(self, stage: Stage, fresh: bool) -> None:
+        """A training stage starts (`fresh`) or goes on: an optimiser, and the reference it may need."""
         r = self.recipe
         settings = r.optimizer
         if stage.name == "sft" and r.warm_start is not None:
@@ -177,17 +202,18 @@ class Trainer:
             tokens_per_microbatch=r.train.tokens_per_microbatch,
             share_prompts=r.train.share_prompts,
             gradient_checkpointing=r.train.gradient_checkpointing,
-            stop=self.interrupt.check,
+            stop=self._stop_learning,
         )
-        self.learner.version = self.version
+        self._tell_version()
         if stage.name == "rl" and r.method.needs_reference:
             path = self.run.path / "reference.safetensors"
+            if fresh:
+                part = path.with_name(f"{path.name}.part")
+                _save_tensors(weights(self.loaded.model), part)
+                part.replace(path)
             self.learner.reference = copy.deepcopy(self.loaded.model)
-            if path.exists():
-                load_weights(self.learner.reference, path)
-            else:
-                _save_tensors(weights(self.loaded.model), path)
-            self.learner.reference.requires_grad_(False)
+            load_weights(self.learner.reference, path)
+            self.learner.reference.requires_grad_(False).eval()
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -245,7 +271,7 @@ class Trainer:
             0,
             examples=w.messages,
         )
-        kept = [t for g in groups for t in [t for t in g.trajectories if t.score >= 1.0][: w.keep_per_problem]]
+        kept = accepted((t for g in groups for t in g.trajectories), w.keep_per_problem)
         tried = w.problems * w.samples_per_problem
         metrics = {
             **{k: v for k, v in statistics(groups).items() if not k.startswith("reward/")},
@@ -266,44 +292,30 @@ class Trainer:
         self.reporter.advance(1.0, metrics)
 
     def _traces(self) -> list[Trajectory]:
-        """What the warm start imitates: accepted traces, moved from the prompt with examples to the plain one."""
+        """What the warm start imitates, on the plain prompt."""
         w = self.recipe.warm_start
         assert w is not None
+        if self._kept is not None:
+            return self._kept
+        if w.from_task:
+            problems = self._problems(w.problems, 0, "warm_start")
+            self._kept = demonstrations(self.recipe, self.loaded, problems)
+            right = sum(t.score >= 1.0 for t in self._kept)
+            self.reporter.note(f"{len(self._kept)} answers of the task itself to imitate, {right} of them right")
+            return self._kept
         if w.trajectories is not None:
-            accepted = [t for t in read_trajectories(w.trajectories) if t.score >= 1.0]
+            own = read_trajectories(w.trajectories)
+            check_tokens(self.loaded, own, w.trajectories)
         else:
-            accepted = list(self.run.db.trajectories(phase="warm_start"))
-            accepted = [t for t in accepted if t.score >= 1.0]
-        kept: dict[str, list[Trajectory]] = {}
-        for t in accepted:
-            mine = kept.setdefault(t.problem.id, [])
-            if len(mine) < w.keep_per_problem:
-                mine.append(t)
+            own = list(self.run.db.trajectories(phase="warm_start"))
+        kept = accepted(own, w.keep_per_problem)
         if not kept:
-            raise OndolError("there is no accepted trajectory to imitate", "check warm_start.trajectories")
-        return [self._replant(t) for group in kept.values() for t in group]
-
-    def _replant(self, t: Trajectory) -> Trajectory:
-        """The same sampled turns and observations, as ids, after the plain prompt (no examples)."""
-        episode = self.recipe.env.episode(self.recipe.task, t.problem, "replant", self.loaded.renderer)
-        messages = _now(episode.reset())
-        prompt = self.loaded.renderer.prompt(messages, self.recipe.env.schemas(self.loaded.renderer))
-        n, rest = t.prompt_length, slice(t.prompt_length, None)
-        blank = len(prompt)
-        moved = copy.copy(t)
-        moved.ids, moved.prompt_length = prompt + t.ids[rest], blank
-        moved.sampled, moved.trained = [False] * blank + t.sampled[rest], [False] * blank + t.trained[rest]
-        moved.logp, moved.version = [0.0] * blank + t.logp[rest], [-1] * blank + t.version[rest]
-        moved.messages = messages + t.messages[len(t.messages) - 2 * len(t.turns) + 1 :]
-        moved.turns = copy.deepcopy(t.turns)
-        for turn in moved.turns:
-            turn.start, turn.end = turn.start - n + blank, turn.end - n + blank
-        return moved
-
-    def _sft_steps(self) -> int:
-        w = self.recipe.warm_start
-        assert w is not None
-        return w.epochs * -(-len(self._traces()) // w.traces_per_update)
+            raise OndolError(
+                f"warm_start.trajectories: none of {len(own)} trajectories was accepted by a verifier (score 1)",
+                "record better ones, or leave the key out to sample with warm_start.examples",
+            )
+        self._kept = [replant(self.recipe, self.loaded, t) for t in kept]
+        return self._kept
 
     def _imitate(self, step: int) -> None:
         """One SFT update on own accepted traces, in an order that the seed alone decides."""
@@ -313,9 +325,12 @@ class Trainer:
         per_epoch = -(-len(traces) // w.traces_per_update)
         epoch, at = divmod(step - 1, per_epoch)
         order = self._order(len(traces), "sft", epoch)
-        chosen = order[at * w.traces_per_update : (at + 1) * w.traces_per_update]
+        # in order again, so that traces of one problem lie side by side and share its prompt
+        chosen = sorted(order[at * w.traces_per_update : (at + 1) * w.traces_per_update])
         metrics = self.learner.imitate([traces[i] for i in chosen])
         self._updated()
+        if step == 1:
+            metrics["warm_start/traces"] = float(len(traces))
         with self.run.db.step():
             self.run.db.add_metrics("sft", step, metrics)
         self.reporter.advance(1.0, metrics)
@@ -355,9 +370,17 @@ class Trainer:
             self.run.db.add_trajectories("rl", step, [t for g in groups for t in g.trajectories])
         self.reporter.trajectory(f"step {step}", groups[0].trajectories[0])
         self.reporter.advance(1.0, metrics)
+
+    def _check_between(self, step: int) -> None:
+        """The evaluation due after this step, unless it is recorded already."""
+        r = self.recipe
         every = r.evaluate.every_steps
-        if every and step % every == 0 and step < r.train.steps and self.problems:
-            self._evaluate("rl", step, lambda part, values: None)
+        if not every or step % every or step >= r.train.steps or not self.problems or self.rollout_only or self.dump:
+            return
+        if any(m.step == step for m in self.run.db.metrics("eval/score_greedy", "rl")):
+            return
+        self.engine.sync(self.version)
+        self._evaluate("rl", step, lambda part, values: None)
 
     # -- shared -------------------------------------------------------------------------------------------------
 
@@ -393,10 +416,21 @@ class Trainer:
 
     def _updated(self) -> None:
         """The weights have changed: everyone is told the new version."""
-        assert self.learner is not None
         self.version += 1
-        self.learner.version = self.version
+        self._tell_version()
         self.engine.sync(self.version)
+
+    def _tell_version(self) -> None:
+        """The learner compares its log-probs with those of samples of its own version; a dump's are never its own."""
+        assert self.learner is not None
+        self.learner.version = -2 if self.dump is not None else self.version
+        self._updates = self.learner.optimizer.updates
+
+    def _stop_learning(self) -> None:
+        """Between micro-batches: a step whose first update is made is finished, half of one could not be resumed."""
+        assert self.learner is not None
+        if self.learner.optimizer.updates == self._updates:
+            self.interrupt.check()
 
     def _order(self, count: int, phase: str, epoch: int) -> list[int]:
         seed = np.random.SeedSequence((self.recipe.seed, PHASES["order"], PHASES[phase], epoch))
@@ -414,22 +448,6 @@ class Trainer:
             epoch, at = divmod(i, size)
             out.append(task.problem(self._order(size, phase, epoch)[at], "train"))
         return out
-
-    def _check_prompts(self) -> None:
-        """Fail now, and clearly, when the prompts cannot fit."""
-        r = self.recipe
-        if r.task.size("train") == 0:
-            raise OndolError("the task has no training problems", "check the task's settings or file")
-        examples = r.warm_start.messages if r.warm_start else []
-        episode = r.env.episode(r.task, self._problems(1, 0, "rl")[0], "check", self.loaded.renderer, examples)
-        length = len(self.loaded.renderer.prompt(_now(episode.reset()), r.env.schemas(self.loaded.renderer)))
-        need = length + r.env.max_turns * r.sampling.max_tokens
-        if need > self.loaded.context_length:
-            raise OndolError(
-                f"a prompt of {length} tokens and {r.env.max_turns} turns of {r.sampling.max_tokens} may need {need} tokens; "
-                f"the context of {self.loaded.name} is {self.loaded.context_length}",
-                "lower sampling.max_tokens or env.max_turns, shorten the system message or examples, or take another model",
-            )
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -463,11 +481,11 @@ class Trainer:
             state = json.loads((path / "state.json").read_text())
             index = names.index(state["stage"])
             load_weights(self.loaded.model, path / "model.safetensors")
-            self._begin(self.stages[index])
+            self.version, self.done = state["version"], (index, state["step"])
+            self._begin(self.stages[index], fresh=False)
             assert self.learner is not None
             self.learner.optimizer.load_state(load_file(path / "optimizer.safetensors"))
-            self.version, self.done = state["version"], (index, state["step"])
-            self.learner.version = self.version
+            self._tell_version()
             self.engine.sync(self.version)
             self.saved = self.done
             self.reporter.note(f"resuming {self.run.name} after step {state['step']} of '{state['stage']}'")
@@ -482,13 +500,14 @@ class Trainer:
             for phase in (names[index], "rl/greedy", "rl/sampled"):
                 db.forget_after(phase, step)
             first = index + 1
-        again = False
+        again = False  # what follows a stage that changes the weights is done again
         for stage in self.stages[first:]:
-            again = again or stage.trains or db.meta(f"done:{stage.name}", 0) < stage.steps
-            if again:
-                db.set_meta(f"done:{stage.name}", 0)
-                for phase in (stage.name, f"{stage.name}/no_tool", f"{stage.name}/greedy", f"{stage.name}/sampled"):
-                    db.forget_after(phase, -1)
+            again = again or stage.trains
+            done = 0 if again else db.meta(f"done:{stage.name}", 0)
+            db.set_meta(f"done:{stage.name}", done)
+            for phase in (stage.name, f"{stage.name}/no_tool", f"{stage.name}/greedy", f"{stage.name}/sampled"):
+                db.forget_after(phase, done or -1)
+            again = again or done < stage.steps
 
 
 def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
@@ -499,11 +518,19 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
     )
 
 
-def _now(awaitable: Any) -> Any:
-    """The result of a coroutine that never really waits."""
-    import asyncio
-
-    return asyncio.run(awaitable)
+def check_prompts(recipe: Recipe, loaded: LoadedModel) -> None:
+    """Fail now, and clearly, when the prompts cannot fit."""
+    _, ids = prompt(
+        recipe, loaded, recipe.task.problem(0, "train"), recipe.warm_start.messages if recipe.warm_start else ()
+    )
+    turns, tokens = recipe.env.max_turns, recipe.sampling.max_tokens
+    need = len(ids) + turns * tokens
+    if need > loaded.context_length:
+        raise OndolError(
+            f"a prompt of {len(ids)} tokens and {turns} turn{'s' if turns > 1 else ''} of {tokens} (sampling.max_tokens) "
+            f"may need {need} tokens; the context of {loaded.name} is {loaded.context_length}",
+            "lower sampling.max_tokens or env.max_turns, shorten the system message or examples, or take another model",
+        )
 
 
 def _groups(trajectories: Iterable[Trajectory]) -> list[Group]:

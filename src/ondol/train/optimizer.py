@@ -11,7 +11,8 @@ from ondol.recipe import OptimizerSettings
 class Optimizer:
     """AdamW over a model's trainable parameters.
 
-    Half-precision parameters get a float32 master copy: updates too small for bfloat16 would otherwise be lost.
+    Half-precision parameters get a float32 master copy, and a float32 sum of their gradients: updates and terms too
+    small for bfloat16 would otherwise be lost.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
@@ -31,12 +32,21 @@ class Optimizer:
         )
 
     def zero(self) -> None:
-        for p in self.live:
+        for p in (*self.live, *self.masters):
             p.grad = None
+
+    def collect(self) -> None:
+        """Add the gradients of half-precision parameters to their float32 sums; called after each backward pass."""
+        for master, live in zip(self.masters, self.live):
+            if master is not live and live.grad is not None:
+                wide = live.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                live.grad = None
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of all gradients, float32 or wider, before clipping."""
-        grads = [p.grad for p in self.live if p.grad is not None]
+        self.collect()
+        grads = [p.grad for p in self.masters if p.grad is not None]
         if not grads:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g)) for g in grads]))
@@ -49,14 +59,12 @@ class Optimizer:
 
     def step(self, norm: Tensor) -> None:
         """Clip by `norm` (from `gradient_norm`) and update."""
+        self.collect()
         scale = min(1.0, self.settings.max_gradient_norm / (float(norm) + 1e-6))
-        for master, live in zip(self.masters, self.live):
-            if live.grad is None:
-                master.grad = None
-                continue
-            if scale < 1:
-                live.grad.mul_(scale)
-            master.grad = live.grad if master is live else live.grad.float()
+        if scale < 1:
+            for p in self.masters:
+                if p.grad is not None:
+                    p.grad.mul_(scale)
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
         self._adam.step()
@@ -65,7 +73,6 @@ class Optimizer:
             for master, live in zip(self.masters, self.live):
                 if master is not live:
                     live.copy_(master)
-                    master.grad = None
         self.zero()
 
     def state(self) -> dict[str, Tensor]:
@@ -81,6 +88,7 @@ class Optimizer:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`, exactly."""
         self.updates = int(state["updates"])
+        self._adam.state.clear()
         with torch.no_grad():
             for name, master, live in zip(self.names, self.masters, self.live):
                 if master is not live:

@@ -212,14 +212,14 @@ def before_after_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The ladder: one row a rung (before, after warm start, after RL), columns no tool, greedy, sampled.
 
     Args:
-        rows: {"rung": str, "no tool": share or None, "greedy": ..., "sampled": ...}, in the order of time. Behind
+        rows: {"rung": str, "no_tool": share or None, "greedy": ..., "sampled": ...}, in the order of time. Behind
             a score stands its change, in percentage points, from the first rung that has one.
     """
-    ways = ("no tool", "greedy", "sampled")
+    ways = ("no_tool", "greedy", "sampled")
     out = Table(header_style="bold", box=None, pad_edge=False)
     out.add_column("rung", overflow="fold")
     for way in ways:
-        out.add_column(way, justify="right")
+        out.add_column(way.replace("_", " "), justify="right")
     first: dict[str, float] = {}
     for row in rows:
         cells = [Text(safe_text(str(row["rung"])))]

@@ -1,0 +1,53 @@
+# make demo   a language model learns to use a tool, from nothing to finished in minutes
+# make test   all set-up for, and all of, the checks: lint, types, import rules, tests, a short real run
+# make reproduce   the slow runs behind the committed results
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Ondol needs Python 3.11 or newer; install it, or say: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing Ondol and what it needs (about a minute; torch is the big one) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	@echo "installing the tools for tests ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@# the real chat templates of many families, as data for tests; what the package depends on is not needed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps trl==1.16.0
+	@touch $@
+
+demo: $(VENV)/.runtime
+	@$(BIN)/ondol train arithmetic
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+	@echo "a short real run of the main job ..."
+	rm -rf .cache/short && $(BIN)/ondol train arithmetic --runs .cache/short \
+		--set evaluate.problems=4 --set evaluate.without_tools=false --set warm_start.problems=8 --set warm_start.epochs=1 \
+		--set train.steps=1 --set train.prompts_per_step=2 --set train.samples_per_prompt=4
+	$(BIN)/ondol chat last --runs .cache/short --ask "What is 58 * 83 + 77?"
+	@rm -rf .cache/short
+
+reproduce: $(VENV)/.dev
+	$(BIN)/python results/ladder.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.PHONY: help demo test reproduce clean

@@ -1,0 +1,125 @@
+"""What a warm start imitates: the model's own accepted traces, recorded ones, or demonstrations made by the task."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any
+
+from ondol.errors import OndolError
+from ondol.models.load import LoadedModel
+from ondol.recipe import Recipe, WarmStart
+from ondol.records import Finish, Message, Problem, StopReason, Trajectory, Turn
+
+
+def plain_prompt(recipe: Recipe, loaded: LoadedModel, problem: Problem) -> tuple[list[Message], list[int]]:
+    """The conversation that a problem opens with, without worked examples: messages and token ids."""
+    return prompt(recipe, loaded, problem, ())
+
+
+def prompt(
+    recipe: Recipe, loaded: LoadedModel, problem: Problem, examples: Sequence[Message]
+) -> tuple[list[Message], list[int]]:
+    """The same, with worked examples before the question."""
+
+    async def first() -> list[Message]:
+        episode = recipe.env.episode(recipe.task, problem, "prompt", loaded.renderer, examples)
+        try:
+            return await episode.reset()
+        finally:
+            await episode.close()
+
+    messages = asyncio.run(first())
+    return messages, loaded.renderer.prompt(messages, recipe.env.schemas(loaded.renderer))
+
+
+def accepted(trajectories: Iterable[Trajectory], keep_per_problem: int) -> list[Trajectory]:
+    """The first `keep_per_problem` trajectories of each problem that the verifier accepted, in order."""
+    kept: dict[str, list[Trajectory]] = {}
+    for t in trajectories:
+        mine = kept.setdefault(t.problem.id, [])
+        if t.score >= 1.0 and len(mine) < keep_per_problem:
+            mine.append(t)
+    return [t for group in kept.values() for t in group]
+
+
+def replant(recipe: Recipe, loaded: LoadedModel, t: Trajectory) -> Trajectory:
+    """The same sampled turns and observations, as ids, after the plain prompt (no examples)."""
+    messages, ids = plain_prompt(recipe, loaded, t.problem)
+    n, blank = t.prompt_length, len(ids)
+    moved = copy.copy(t)
+    moved.ids, moved.prompt_length = ids + t.ids[n:], blank
+    moved.sampled, moved.trained = [False] * blank + t.sampled[n:], [False] * blank + t.trained[n:]
+    moved.logp, moved.version = [0.0] * blank + t.logp[n:], [-1] * blank + t.version[n:]
+    moved.logp_truncated = [0.0] * blank + t.logp_truncated[n:] if t.logp_truncated else []
+    moved.messages = messages + t.messages[len(t.messages) - 2 * len(t.turns) + 1 :]
+    moved.turns = copy.deepcopy(t.turns)
+    for turn in moved.turns:
+        turn.start, turn.end = turn.start - n + blank, turn.end - n + blank
+    return moved
+
+
+def demonstrations(recipe: Recipe, loaded: LoadedModel, problems: Sequence[Problem]) -> list[Trajectory]:
+    """Answers that the task itself gives, as single turns on the plain prompt: `samples_per_problem` to each problem.
+
+    This is demonstration data of the task, not the model's own, and the only way up for a model that never answers (one
+    from scratch). A share `gold_share` of it is right, the rest wrong in the task's own ways, so that it shows the
+    form of an answer and leaves the right one for reinforcement to find. No token counts as sampled.
+    """
+    w = _settings(recipe)
+    out = []
+    for number, problem in enumerate(problems):
+        messages, ids = plain_prompt(recipe, loaded, problem)
+        for sample in range(w.samples_per_problem):
+            random = Random(f"{recipe.seed}/demonstration/{number}/{sample}")
+            text = recipe.task.demonstration(problem, random, right=random.random() < w.gold_share)
+            answer = [*loaded.renderer.codec.text(text), loaded.renderer.end_id]
+            n, m = len(ids), len(answer)
+            out.append(
+                Trajectory(
+                    key=(0, number, sample),
+                    problem=problem,
+                    ids=ids + answer,
+                    prompt_length=n,
+                    sampled=[False] * (n + m),
+                    trained=[False] * n + [True] * m,
+                    logp=[0.0] * (n + m),
+                    version=[-1] * (n + m),
+                    turns=[Turn(n, n + m, text, Finish.END)],
+                    messages=[*messages, Message("assistant", text)],
+                    stop_reason=StopReason.ANSWERED,
+                    score=(score := recipe.task.score(problem, text)),
+                    reward=score,
+                    info={"demonstration": True},
+                )
+            )
+    return out
+
+
+def check_tokens(loaded: LoadedModel, trajectories: Sequence[Trajectory], source: str) -> None:
+    """Refuse trajectories whose ids are not of this model's tokenizer: trained on, they would be noise."""
+    size = len(loaded.tokenizer)
+    for t in trajectories:
+        wrong = not all(0 <= i < size for i in t.ids)
+        for turn in t.turns[:1]:
+            ids = [i for i in t.ids[turn.start : turn.end] if i not in loaded.renderer.end_ids]
+            # a stop string may end the text before the last token does
+            wrong = wrong or not loaded.tokenizer.decode(ids, skip_special_tokens=False).startswith(turn.text)
+        if wrong:
+            raise OndolError(
+                f"{source}: trajectory {t.key} was recorded with another tokenizer than that of {loaded.name}",
+                "use trajectories of the same model family, or set model.path to the model that made them",
+            )
+
+
+def _settings(recipe: Recipe) -> WarmStart:
+    assert recipe.warm_start is not None
+    return recipe.warm_start
+
+
+def updates(recipe: Recipe, traces: Sequence[Any]) -> int:
+    """How many SFT updates the traces make."""
+    w = _settings(recipe)
+    return w.epochs * -(-len(traces) // w.traces_per_update)
