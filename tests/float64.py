@@ -7,8 +7,9 @@ import functools
 from typing import Any
 
 import torch
-from conftest import make_family
 from torch import nn
+
+from conftest import make_family
 
 
 class _Norm(nn.Module):

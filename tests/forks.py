@@ -7,6 +7,7 @@ process that has used autograd must not fork).
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 #: Where a child can be told to die: name -> (module, path of the function). The n-th call is the last thing it does.
 PLACES = {
@@ -93,14 +96,19 @@ def _watch(place: str, number: int, sign: int, log: int) -> None:
         for part in outer:
             owner = getattr(owner, part)
 
-        def counted(*args, _real=getattr(owner, attribute), _name=name, _index=index, _count=[0], **kwargs):  # noqa: B006
-            _count[0] += 1
-            if _name == place and _count[0] == number:
-                os.kill(os.getpid(), sign)
-            os.write(log, bytes([_index]))
-            return _real(*args, **kwargs)
+        setattr(owner, attribute, _counted(getattr(owner, attribute), index, log, number if name == place else 0, sign))
 
-        setattr(owner, attribute, counted)
+
+def _counted(real: Callable[..., Any], index: int, log: int, last: int, sign: int) -> Callable[..., Any]:
+    calls = itertools.count(1)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == last:
+            os.kill(os.getpid(), sign)
+        os.write(log, bytes([index]))
+        return real(*args, **kwargs)
+
+    return counted
 
 
 def _child(order: dict, out: int, log: int) -> None:

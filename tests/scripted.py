@@ -29,7 +29,9 @@ def encode(text: str) -> list[int]:
 class ScriptedEngine:
     """Answers some of what was asked, in an order of its own, each step. Everything it was told is in `log`."""
 
-    def __init__(self, script: Script, *, context: int = 4096, per_step: int = 3, seed: int = 0, truncated: bool = False):
+    def __init__(
+        self, script: Script, *, context: int = 4096, per_step: int = 3, seed: int = 0, truncated: bool = False
+    ):
         self.script, self.context, self.per_step, self.truncated = script, context, per_step, truncated
         self.version, self.stats = 4, EngineStats()
         self.random = random.Random(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 from collections.abc import Iterable
@@ -23,11 +24,11 @@ from ondol.tasks.base import Task
 class ModelSettings(Part):
     """Which model, and how it is held."""
 
-    path: str = Field(default=
-        "smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id"
+    path: str = Field(
+        default="smollm2-135m-instruct", description="bundled name, 'tiny:...', a folder in HF layout, or a hub id"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(default=
-        "auto", description="auto: float32 on CPU, bfloat16 on GPU"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        default="auto", description="auto: float32 on CPU, bfloat16 on GPU"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0 ...")
     chat: str | None = Field(default=None, description="chat format, where the tokenizer's template does not tell")
@@ -39,8 +40,8 @@ class RolloutSettings(Part):
 
     max_batch: int = Field(default=64, ge=1, description="most sequences in the engine at once")
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of one trajectory")
-    overlap_tools: bool = Field(default=
-        False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
+    overlap_tools: bool = Field(
+        default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
     share_prefixes: bool = Field(default=True, description="compute common beginnings of prompts once")
 
@@ -48,8 +49,8 @@ class RolloutSettings(Part):
 class Example(Part):
     """One message of a worked example."""
 
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool"] = Field(description="who says it")
+    content: str = Field(description="what is said")
 
 
 class WarmStart(Part):
@@ -59,19 +60,26 @@ class WarmStart(Part):
 
     problems: int = Field(default=32, ge=1, description="problems sampled, or demonstrated")
     samples_per_problem: int = Field(default=4, ge=1, description="tries at each, or demonstrations of each")
-    temperature: float = Field(default=1.0, ge=0)
-    examples: tuple[Example, ...] = Field(default=(), description="messages of worked conversations, put before the question")
-    keep_per_problem: int = Field(default=2, ge=1, description="most traces kept of one problem (the first accepted ones)")
-    trajectories: str | None = Field(default=
-        None, description="imitate recorded trajectories (JSONL or a run) instead of sampling"
+    temperature: float = Field(default=1.0, ge=0, description="of that sampling")
+    examples: tuple[Example, ...] = Field(
+        default=(), description="messages of worked conversations, put before the question"
     )
-    from_task: bool = Field(default=
-        False, description="imitate answers that the task makes itself: for a model from scratch, which never answers"
+    keep_per_problem: int = Field(
+        default=2, ge=1, description="most traces kept of one problem (the first accepted ones)"
     )
-    gold_share: float = Field(default=1.0, ge=0, le=1, description="from_task: share of right answers; the others are wrong")
+    trajectories: str | None = Field(
+        default=None, description="imitate recorded trajectories (JSONL or a run) instead of sampling"
+    )
+    from_task: bool = Field(
+        default=False,
+        description="imitate answers that the task makes itself: for a model from scratch, which never answers",
+    )
+    gold_share: float = Field(
+        default=1.0, ge=0, le=1, description="from_task: share of right answers; the others are wrong"
+    )
     epochs: int = Field(default=1, ge=1, description="passes over the kept traces")
-    traces_per_update: int = Field(default=8, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0)
+    traces_per_update: int = Field(default=8, ge=1, description="traces in one SFT update")
+    learning_rate: float = Field(default=1e-5, gt=0, description="of the SFT updates")
 
     @model_validator(mode="after")
     def _one_source(self) -> WarmStart:
@@ -99,25 +107,31 @@ class OptimizerSettings(Part):
     learning_rate: float = Field(default=1e-5, gt=0, description="peak learning rate")
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up, in optimiser updates")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the mean of their squares")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the latter")
     max_gradient_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this L2 norm")
 
 
 class TrainSettings(Part):
     """The loop."""
 
-    steps: int = Field(default=10, ge=0, description="batches of rollouts; 0 trains nothing (evaluation and warm start only)")
+    steps: int = Field(
+        default=10, ge=0, description="batches of rollouts; 0 trains nothing (evaluation and warm start only)"
+    )
     prompts_per_step: int = Field(default=8, ge=1, description="problems per batch of rollouts")
     samples_per_prompt: int = Field(default=8, ge=1, description="trajectories per problem: the group size")
-    tokens_per_microbatch: int = Field(default=2048, ge=1, description="memory of the learner follows this, results do not")
+    tokens_per_microbatch: int = Field(
+        default=2048, ge=1, description="memory of the learner follows this, results do not"
+    )
     share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
     gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")
-    checkpoint_every_steps: int = Field(default=5, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    mismatch_warning: float = Field(default=
-        1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32"
+    checkpoint_every_steps: int = Field(
+        default=5, ge=1, description="steps between checkpoints; the last step has one too"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    mismatch_warning: float = Field(
+        default=1e-3, gt=0, description="warn when learner and sampler log-probs differ by more; float32"
     )
 
 
@@ -126,14 +140,18 @@ class EvaluateSettings(Part):
 
     problems: int = Field(default=32, ge=0, description="held-out problems; 0 turns evaluation off")
     samples: int = Field(default=1, ge=1, description="sampled answers per problem, at the training temperature")
-    without_tools: bool = Field(default=False, description="also measure, once at the start, what the model can do in its head")
-    every_steps: int = Field(default=0, ge=0, description="also during training, every so many steps; 0: before and after only")
+    without_tools: bool = Field(
+        default=False, description="also measure, once at the start, what the model can do in its head"
+    )
+    every_steps: int = Field(
+        default=0, ge=0, description="also during training, every so many steps; 0: before and after only"
+    )
 
 
 class Recipe(Part):
     """Everything one run does."""
 
-    name: str = Field(default="run", min_length=1)
+    name: str = Field(default="run", min_length=1, description="of the run, and the end of its folder's name")
     seed: int = Field(default=0, ge=0, description="of everything that is drawn at random")
     model: ModelSettings = ModelSettings()
     task: Any = Field(description="a task by name or as a table")
@@ -194,7 +212,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
     Raises:
         OndolError: with the path of the wrong key, and what would be right.
     """
-    table = dict(source) if isinstance(source, dict) else read_table(source)
+    table = copy.deepcopy(source) if isinstance(source, dict) else read_table(source)
     for text in overrides:
         override(table, text)
     try:

@@ -37,7 +37,10 @@ def loop_advantages(groups: list[list[float]], eps: float) -> list[float]:
 @given(groups=rewards_of_groups, eps=st.sampled_from([0.0, 1e-4, 1.0]), shuffle=st.integers(0, 100))
 def test_advantages(groups, eps, shuffle):
     want = loop_advantages(groups, eps)
-    flat = [(r, 3 * g + 5, w) for r, g, w in zip(sum(groups, []), [i for i, g in enumerate(groups) for _ in g], want)]
+    flat = [
+        (r, 3 * g + 5, w)
+        for r, g, w in zip([r for g in groups for r in g], [i for i, g in enumerate(groups) for _ in g], want)
+    ]
     random.Random(shuffle).shuffle(flat)  # members need not stand side by side, numbers need not be 0, 1, 2...
     rewards, group, want = (list(c) for c in zip(*flat))
     got = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(group), eps)

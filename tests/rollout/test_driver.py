@@ -9,7 +9,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import TOKENIZER, Echo, Probe, ScriptedEngine, encode
 
 import ondol.rollout.driver as driver
 from ondol.engines.base import Sampling
@@ -18,6 +17,7 @@ from ondol.envs.tool import ToolEnv
 from ondol.models.chat import renderer_for
 from ondol.records import Finish, Message, StopReason, Trajectory
 from ondol.rollout.driver import Plan, rollout, statistics
+from scripted import TOKENIZER, Echo, Probe, ScriptedEngine, encode
 
 RENDERER = renderer_for(TOKENIZER)
 CALL = "<probe>abc</probe>"
@@ -278,8 +278,12 @@ def test_tools_run_at_the_same_time(overlap):
         await asyncio.wait_for(barrier[0].wait(), 20)  # nobody goes on before all eight are here
         return "ok"
 
+    def script(p, s, turn):
+        return CALL * 2 if turn == 0 else "yes$"
+
     ts, _ = run(
-        lambda p, s, turn: CALL * 2 if turn == 0 else "yes$",
+        script,
+        engine=ScriptedEngine(script, per_step=99),
         tool=Probe(work=work, timeout_s=30),
         problems=2,
         samples=2,
@@ -391,11 +395,9 @@ def test_an_engine_that_hangs_times_out(monkeypatch):
 
 def test_time_is_used_up_by_turns_and_tools_but_not_by_waiting():
     async def work(session, text):
-        await asyncio.sleep(0.2 if "/000000/" in session else 0)
+        await asyncio.sleep(0.2 if "/000000/000000/" in session else 0)
 
-    ts, engine = run(
-        lambda p, s, turn: CALL if turn == 0 else "yes$", tool=Probe(work=work), problems=2, timeout_s=50.0
-    )
+    _, engine = run(lambda p, s, turn: CALL if turn == 0 else "yes$", tool=Probe(work=work), problems=2, timeout_s=50.0)
     left = {r.seed[-3:]: r.timeout_s for r in engine.requests}
     assert left[0, 0, 0] > 49.9 and left[0, 0, 1] < 49.85
     assert left[1, 0, 1] > 49.9  # it waited for the other's tool, on nobody's clock
@@ -423,7 +425,7 @@ def test_stop_cleans_up(overlap, while_tools_run):
 
     def stop():
         polls[0] += 1
-        if (running if while_tools_run else polls[0] > 3):
+        if running if while_tools_run else polls[0] > 3:
             raise Enough
 
     engine = ScriptedEngine(lambda p, s, turn: CALL if while_tools_run else "no</probe>", per_step=1)

@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES
-from float64 import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import FAMILIES
+from float64 import exact
 from ondol.errors import OndolError
 from ondol.methods.grpo import GRPO
 from ondol.models.tiny import make_tiny
@@ -138,7 +138,9 @@ def test_accumulation_changes_nothing(family):
         counts.add(len(batches))
         assert_same(gradient(learner, batches), want, atol=1e-12 * max(scale, 1))
     assert len(counts) == 4
-    assert_same(gradient(learner, [b for s in reversed(chosen) for b in pack([s], 1)]), want, atol=1e-12 * max(scale, 1))
+    assert_same(
+        gradient(learner, [b for s in reversed(chosen) for b in pack([s], 1)]), want, atol=1e-12 * max(scale, 1)
+    )
 
 
 def test_eight_of_one_are_one_of_eight_after_updates():
@@ -445,6 +447,19 @@ def test_half_precision_learns_in_small_steps():
         after[dtype] = losses[0] - losses[-1]
     assert after[torch.float32] > 0.05
     assert after[torch.bfloat16] == pytest.approx(after[torch.float32], rel=0.2)
+
+
+def test_many_micro_batches_add_up_in_half_precision():
+    """512 times the same gradient is 512 gradients; a bfloat16 sum would stop near 256."""
+    model = make_tiny(hidden=16, layers=1, heads=2)[0].bfloat16()
+    learner = Learner(model, Optimizer(model, OptimizerSettings()))
+    batches = pack(sequences(trajectories(seed=13, prompts=1, samples=1)), 10**6)
+    norms = []
+    for count in (1, 512):
+        learner.optimizer.zero()
+        learner.gradient(batches * count, loss_fn)
+        norms.append(float(learner.optimizer.gradient_norm()))
+    assert norms[1] == pytest.approx(512 * norms[0], rel=1e-3)
 
 
 def test_dumped_batch(tmp_path):

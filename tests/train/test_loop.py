@@ -86,7 +86,9 @@ def test_stages_and_metrics(tmp_path) -> None:
     assert [r.step for r in rows if r.phase == "rl" and r.name == "eval/score_greedy"] == [1, 2]  # 3 is "after"
     for step in (1, 2, 3):
         names = {r.name: r.value for r in rows if r.phase == "rl" and r.step == step}
-        assert {"score/mean", "reward/mean", "loss/policy", "gradient/norm", "groups/kept", "step/seconds"} <= set(names)
+        assert {"score/mean", "reward/mean", "loss/policy", "gradient/norm", "groups/kept", "step/seconds"} <= set(
+            names
+        )
         assert sum(v for n, v in names.items() if n.startswith("stop/")) == pytest.approx(1)
         found = list(run.db.trajectories(phase="rl", step=step))
         assert [t.key for t in found] == [(step, p, s) for p in range(3) for s in range(8)]
@@ -246,7 +248,11 @@ def test_a_reference_is_the_start_of_rl_also_after_a_resume(tmp_path, monkeypatc
         raise RuntimeError("cut")
 
     with monkeypatch.context() as m:
-        m.setattr(loop.Trainer, "_reinforce", lambda self, step, real=loop.Trainer._reinforce: real(self, step) if step < 3 else die())
+        m.setattr(
+            loop.Trainer,
+            "_reinforce",
+            lambda self, step, real=loop.Trainer._reinforce: real(self, step) if step < 3 else die(),
+        )
         with pytest.raises(RuntimeError, match="cut"):
             go(tmp_path / "b", *changes)
     cut = Run.open(Run.find(tmp_path / "b", "last"))
@@ -283,8 +289,16 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch) -> None:
         return real(self, step)
 
     monkeypatch.setattr(loop.Trainer, "_reinforce", reinforce)
-    changes = (*WARM, "method.name=test_loop:Nan", "train.steps=4", "train.checkpoint_every_steps=2", "train.tokens_per_microbatch=64")
-    with pytest.raises(OndolError, match=r"the loss is not finite at step 3 of 'rl' in .*-toy; the batch is in (.*)\n") as caught:
+    changes = (
+        *WARM,
+        "method.name=test_loop:Nan",
+        "train.steps=4",
+        "train.checkpoint_every_steps=2",
+        "train.tokens_per_microbatch=64",
+    )
+    with pytest.raises(
+        OndolError, match=r"the loss is not finite at step 3 of 'rl' in .*-toy; the batch is in (.*)\n"
+    ) as caught:
         go(tmp_path, *changes)
     run = Run.open(Run.find(tmp_path, "last"))
     assert run.state == "failed"

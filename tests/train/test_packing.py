@@ -48,9 +48,7 @@ def context(batch: Batch, at: int) -> list[tuple[int, int]]:
 @given(made=sequences, budget=st.integers(1, 80), share=st.booleans())
 def test_targets_see_what_they_saw(made, budget, share):
     ts = [trajectory(p, m, i) for i, (p, m) in enumerate(made)]
-    batches = pack(
-        [Sequence_(t, i, i + 0.25, 1 / (i + 1)) for i, t in enumerate(ts)], budget, share_prompts=share
-    )
+    batches = pack([Sequence_(t, i, i + 0.25, 1 / (i + 1)) for i, t in enumerate(ts)], budget, share_prompts=share)
     rows = []
     for batch in batches:
         covered = sorted((s.start, s.end) for s in batch.segments)

@@ -25,7 +25,9 @@ class Sampling(Part):
     temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus: smallest set of tokens with at least this mass")
     top_k: int = Field(default=0, ge=0, description="keep the k most probable tokens; 0 is off")
-    min_p: float = Field(default=0.0, ge=0, lt=1, description="drop tokens below this share of the most probable one's mass")
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="drop tokens below this share of the most probable one's mass"
+    )
     max_tokens: int = Field(default=256, gt=0, description="most new tokens in one turn")
 
     @property

@@ -26,10 +26,16 @@ class ToolEnv(Env):
     action_space: ClassVar[str] = "text or tool call"
 
     max_turns: int = Field(default=2, ge=1, description="most turns; a call on the last one is not carried out")
-    tools: tuple[Any, ...] = Field(default=(), description="tools by name or as tables; none makes it plain question answering")
-    calls: Literal["tags", "json"] = Field(default="tags", description="<python>...</python>, or the model family's own JSON")
+    tools: tuple[Any, ...] = Field(
+        default=(), description="tools by name or as tables; none makes it plain question answering"
+    )
+    calls: Literal["tags", "json"] = Field(
+        default="tags", description="<python>...</python>, or the model family's own JSON"
+    )
     system: str | None = Field(default=None, description="system message; by default a line that describes the tools")
-    result_role: Literal["tool", "user"] = Field(default="user", description="role of the message that carries a tool's result")
+    result_role: Literal["tool", "user"] = Field(
+        default="user", description="role of the message that carries a tool's result"
+    )
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -71,6 +77,8 @@ class ToolEnv(Env):
                 for t in self.tools
             )
             return TAGS_TEXT.format(usage=usage)
+        if renderer.renders_tools:  # then the chat format has a place of its own for them
+            return None
         return renderer.tools_text(self.schemas(renderer)) or None
 
     def episode(

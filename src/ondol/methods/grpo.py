@@ -72,12 +72,16 @@ class GRPO(Method):
     source: ClassVar[str] = "arXiv 2402.03300"
     min_samples: ClassVar[int] = 2
 
-    clip_low: float = Field(default=0.2, gt=0, lt=1, description="lower clip offset; 0.2 as PPO's, which the paper keeps")
-    clip_high: float = Field(default=0.2, gt=0, description="upper clip offset")
-    kl_coef: float = Field(default=
-        0.04, ge=0, description="weight of the KL to the start of RL; 0.04 in the paper, section 4.1"
+    clip_low: float = Field(
+        default=0.2, gt=0, lt=1, description="lower clip offset; 0.2 as PPO's, which the paper keeps"
     )
-    eps: float = Field(default=1e-4, ge=0, description="added to the group's std; not in the paper's formula, 1e-4 is common")
+    clip_high: float = Field(default=0.2, gt=0, description="upper clip offset")
+    kl_coef: float = Field(
+        default=0.04, ge=0, description="weight of the KL to the start of RL; 0.04 in the paper, section 4.1"
+    )
+    eps: float = Field(
+        default=1e-4, ge=0, description="added to the group's std; not in the paper's formula, 1e-4 is common"
+    )
 
     @property
     def needs_reference(self) -> bool:

@@ -64,9 +64,9 @@ class TwoAddends(Task):
         ]
 
     def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
-        """Any pair; a wrong one adds up to another N, up to 9 away."""
+        """Any pair; a wrong one adds up to another number, at most 4 away."""
         n = problem.data["n"]
-        total = n if right else random.choice([m for m in range(max(2, n - 9), n + 10) if m != n])
+        total = n if right else random.choice([m for m in range(max(2, n - 4), n + 5) if m != n])
         a = random.randint(1, total - 1)
         return f"{a}+{total - a}"
 

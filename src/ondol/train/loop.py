@@ -211,9 +211,9 @@ class Trainer:
                 part = path.with_name(f"{path.name}.part")
                 _save_tensors(weights(self.loaded.model), part)
                 part.replace(path)
-            self.learner.reference = copy.deepcopy(self.loaded.model)
-            load_weights(self.learner.reference, path)
-            self.learner.reference.requires_grad_(False).eval()
+            reference = copy.deepcopy(self.loaded.model)
+            load_weights(reference, path)
+            self.learner.reference = reference.requires_grad_(False).eval()
 
     # -- steps --------------------------------------------------------------------------------------------------
 
