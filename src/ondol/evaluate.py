@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,16 @@ def summarise(groups: list[Group], samples: int) -> Evaluation:
 def greedy(sampling: Sampling) -> Sampling:
     """The same limits, without chance."""
     return sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0})
+
+
+def ways(env: Env, sampling: Sampling, samples: int, without_tools: bool) -> Iterator[tuple[str, Env, Sampling, int]]:
+    """How a model is measured: (name, environment, sampling, samples per problem)."""
+    if without_tools and getattr(env, "tools", ()):
+        bare = env.model_copy(update={"tools": (), "max_turns": 1, "system": None})
+        yield "no_tool", bare, greedy(sampling), 1
+    yield "greedy", env, greedy(sampling), 1
+    if sampling.temperature > 0:
+        yield "sampled", env, sampling, samples
 
 
 def ladder(run: Run) -> list[dict[str, Any]]:

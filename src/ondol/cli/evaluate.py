@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +13,7 @@ from ondol.cli._common import find_model, load, print_json
 from ondol.engines.base import Engine, Sampling
 from ondol.envs.base import Env
 from ondol.errors import OndolError
-from ondol.evaluate import Evaluation, evaluate, greedy, held_out, summarise
+from ondol.evaluate import Evaluation, evaluate, held_out, summarise, ways
 from ondol.recipe import Recipe
 from ondol.records import Group, StopReason, Trajectory
 from ondol.view.console import Progress, number, table
@@ -35,7 +34,7 @@ def run(args: Namespace) -> int:
     if len(problems) < wanted:
         console.print(Text(f"the task has {len(problems)} held-out problems, not {wanted}", "yellow"))
     samples = args.samples or recipe.evaluate.samples
-    ways = list(_ways(recipe, samples))
+    modes = list(ways(recipe.env, recipe.sampling, samples, recipe.evaluate.without_tools))
     results: dict[str, Evaluation] = {}
     with ExitStack() as stack:
         if args.endpoint is not None:
@@ -45,7 +44,7 @@ def run(args: Namespace) -> int:
             engine, renderer = _embedded(recipe, path, console)
             name = f"{folder.name}, trained" if folder else f"{path}, before any training"
         console.print(Text(f"evaluating {name}", "bold"))
-        complete = _measure(recipe, engine, renderer, problems, ways, results, console)
+        complete = _measure(recipe, engine, renderer, problems, modes, results, console)
     failed = [t for r in results.values() for t in r.trajectories if t.stop_reason is StopReason.ERROR]
     if failed and len(failed) == sum(len(r.trajectories) for r in results.values()):
         remedy = "check the URL and the model's name" if args.endpoint else None
@@ -63,16 +62,6 @@ def run(args: Namespace) -> int:
     if not complete:
         console.print(Text("stopped: the last line is of the episodes that had ended, which are the shorter ones"))
     return 0 if complete else 130
-
-
-def _ways(recipe: Recipe, samples: int) -> Iterator[tuple[str, Env, Sampling, int]]:
-    """(name, environment, sampling, samples per problem), as in training."""
-    if recipe.evaluate.without_tools and getattr(recipe.env, "tools", ()):
-        bare = recipe.env.model_copy(update={"tools": (), "max_turns": 1, "system": None})
-        yield "no_tool", bare, greedy(recipe.sampling), 1
-    yield "greedy", recipe.env, greedy(recipe.sampling), 1
-    if recipe.sampling.temperature > 0:
-        yield "sampled", recipe.env, recipe.sampling, samples
 
 
 def _endpoint(args: Namespace, recipe: Recipe, stack: ExitStack) -> tuple[Any, Any]:
@@ -96,7 +85,7 @@ def _measure(
     engine: Engine,
     renderer: Any,
     problems: list[Any],
-    ways: list[tuple[str, Env, Sampling, int]],
+    modes: list[tuple[str, Env, Sampling, int]],
     results: dict[str, Evaluation],
     console: Console,
 ) -> bool:
@@ -104,9 +93,9 @@ def _measure(
     from ondol.train.interrupt import Interrupt, Interrupted
     from ondol.train.loop import PHASES
 
-    weights = {name: float(len(problems) * count) for name, _, _, count in ways}
+    weights = {name: float(len(problems) * count) for name, _, _, count in modes}
     with Interrupt() as interrupt, Progress(weights=weights, console=console) as progress:
-        for name, env, sampling, count in ways:
+        for name, env, sampling, count in modes:
             progress.phase(name, len(problems) * count)
             ended: list[Trajectory] = []
 

@@ -341,14 +341,19 @@ class _CachedAttention:
         self.slots = torch.tensor(columns[1], dtype=torch.long, device=device)
         self.positions = torch.tensor(columns[2], dtype=torch.long, device=device)
         self.longest = max(columns[2], default=-1) + 1
-        # slots 0..n-1 in order are a view of the cache; any other set has to be gathered
-        self.view = list(columns[1]) == list(range(len(single)))
+        # A view of slots 0..width-1 costs attention for the unused ones among them, a gather costs a copy of the keys
+        # and values of each layer: the view is cheaper as long as half of it is used.
+        self.width = max(columns[1], default=-1) + 1
+        self.dense = 2 * len(single) >= self.width
+        self.rows = torch.zeros(self.width, dtype=torch.long, device=device) if self.dense else self.positions
+        if self.dense:
+            self.rows[self.slots] = self.positions  # an unused slot looks at its first position, and nobody at it
         self.masks: dict[Any, Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]
         heads, _, dim = q.shape
-        out = torch.empty(self.total, heads, dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(self.total, heads, dim, dtype=q.dtype, device=q.device) if self.spans else q
         for span, slot, cached in self.spans:
             end = cached + span.stop - span.start
             keys[slot, :, cached:end] = k[:, span]
@@ -363,29 +368,40 @@ class _CachedAttention:
                 enable_gqa=keys.shape[1] != heads,
             )
             out[span] = attended[0].transpose(0, 1)
-        if len(self.flat):
-            n, kv_heads = len(self.flat), keys.shape[1]
-            keys[self.slots, :, self.positions] = k[:, self.flat].transpose(0, 1)
-            values[self.slots, :, self.positions] = v[:, self.flat].transpose(0, 1)
-            rows = slice(0, n) if self.view else self.slots
+        n, kv_heads = len(self.flat), keys.shape[1]
+        if n:
+            if self.spans:
+                q, k, v = q[:, self.flat], k[:, self.flat], v[:, self.flat]
+            keys[self.slots, :, self.positions] = k.transpose(0, 1)
+            values[self.slots, :, self.positions] = v.transpose(0, 1)
             # the query heads that share a key head go in as that many "positions": no copies of keys
-            grouped = q[:, self.flat].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+            grouped = q.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+            full = self.dense and n == self.width
+            if self.dense and not full:
+                grouped = grouped.new_zeros(self.width, *grouped.shape[1:]).index_copy_(0, self.slots, grouped)
+            rows = slice(0, self.width) if self.dense else self.slots
             attended = scaled_dot_product_attention(
                 grouped,
                 keys[rows, :, : self.longest],
                 values[rows, :, : self.longest],
-                attn_mask=self._row_mask(window, heads // kv_heads),
+                attn_mask=self._row_mask(window, heads // kv_heads, q.dtype),
                 scale=scale,
             )
-            out[self.flat] = attended.reshape(n, heads, dim)
+            if self.dense and not full:
+                attended = attended[self.slots]
+            attended = attended.reshape(n, heads, dim)
+            if not self.spans:
+                return attended
+            out[self.flat] = attended
         return out
 
-    def _row_mask(self, window: int | None, group: int) -> Tensor:
+    def _row_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         if ("row", window) not in self.masks:
             at = torch.arange(self.longest, device=self.device)
-            mask = at <= self.positions.unsqueeze(-1)
+            hidden = at > self.rows.unsqueeze(-1)
             if window is not None:
-                mask &= at > self.positions.unsqueeze(-1) - window
+                hidden |= at <= self.rows.unsqueeze(-1) - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
             self.masks["row", window] = mask[:, None, None, :].expand(-1, 1, group, -1)
         return self.masks["row", window]
 

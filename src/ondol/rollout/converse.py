@@ -12,7 +12,7 @@ from ondol.engines.base import Completion, Engine, Request, Sampling
 from ondol.envs.tool import Toolbox, ToolEnv
 from ondol.errors import OndolError
 from ondol.records import Finish, Message, StopReason, Turn
-from ondol.rollout.driver import _STOP
+from ondol.rollout.driver import STOP_REASONS
 
 
 @dataclass
@@ -140,8 +140,8 @@ class Conversation:
         self.messages.append(Message("assistant", done.text, tuple(calls)))
         answer.turns.append(turn)
         goes_on = False
-        if done.finish in _STOP:
-            answer.stop_reason, answer.error = _STOP[done.finish], done.error
+        if done.finish in STOP_REASONS:
+            answer.stop_reason, answer.error = STOP_REASONS[done.finish], done.error
         elif not calls:
             answer.stop_reason = StopReason.ANSWERED if done.text.strip() else StopReason.EMPTY
         elif number == self.env.max_turns - 1:

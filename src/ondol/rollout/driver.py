@@ -26,7 +26,8 @@ _POLL_S = 0.5  # how often we ask whether to stop while only tools are at work
 _CLOSE_S = 10.0  # for an environment to tidy up
 _GRACE_S = 60.0  # beyond a trajectory's time: an engine that finishes nothing for so long is given up
 
-_STOP = {
+#: what a turn that was cut short makes of its trajectory
+STOP_REASONS = {
     Finish.LENGTH: StopReason.TURN_LENGTH,
     Finish.CONTEXT: StopReason.CONTEXT,
     Finish.TIMEOUT: StopReason.TIMEOUT,
@@ -212,8 +213,8 @@ class _Rollout:
                 return
             clock.left_s = max(0.0, clock.left_s - done.seconds)
             action = self._record(t, done)
-            if done.finish in _STOP:
-                t.stop_reason = _STOP[done.finish]
+            if done.finish in STOP_REASONS:
+                t.stop_reason = STOP_REASONS[done.finish]
                 if done.error:
                     t.info["error"] = done.error
                 return

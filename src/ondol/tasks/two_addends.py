@@ -64,9 +64,11 @@ class TwoAddends(Task):
         ]
 
     def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
-        """Any pair; a wrong one adds up to another number, at most 4 away."""
+        """Any pair; a wrong one adds up to another number of the range."""
         n = problem.data["n"]
-        total = n if right else random.choice([m for m in range(max(2, n - 4), n + 5) if m != n])
+        total = n
+        while not right and total == n:
+            total = random.randint(self.low, self.high + 1)
         a = random.randint(1, total - 1)
         return f"{a}+{total - a}"
 

@@ -147,7 +147,7 @@ class Learner:
             "learner/tokens": float(totals.tokens),
         }
         if own == 0:  # nothing here was sampled by the weights being trained: there is nothing to compare
-            out.pop("mismatch/max_abs"), out.pop("mismatch/mean_abs")
+            del out["mismatch/max_abs"], out["mismatch/mean_abs"]
         return out
 
     # -- reinforcement learning ---------------------------------------------------------------------------------

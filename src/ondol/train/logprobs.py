@@ -54,7 +54,7 @@ class SegmentAttention:
                 q[:, own].unsqueeze(0),
                 keys.unsqueeze(0),
                 values.unsqueeze(0),
-                attn_mask=None if plain else self._mask(new, total, window),
+                attn_mask=None if plain else self._mask(new, total, window, q.dtype),
                 is_causal=plain,
                 scale=scale,
                 enable_gqa=gqa,
@@ -62,16 +62,17 @@ class SegmentAttention:
             out.append(attended[0].transpose(0, 1))
         return torch.cat(out)
 
-    def _mask(self, new: int, total: int, window: int | None) -> Tensor:
-        """Who sees whom, [new, total], for the last `new` of `total` positions."""
+    def _mask(self, new: int, total: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 where seen, -inf where not, [new, total], for the last `new` of `total` positions."""
         key = (new, total, window)
         if key not in self.masks:
             query = torch.arange(total - new, total, device=self.device).unsqueeze(-1)
             at = torch.arange(total, device=self.device)
-            mask = at <= query
+            hidden = at > query
             if window is not None:
-                mask &= at > query - window
-            self.masks[key] = mask
+                hidden |= at <= query - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            self.masks[key] = mask.masked_fill_(hidden, -torch.inf)
         return self.masks[key]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from ondol.engines.base import Sampling
 from ondol.engines.torch import TorchEngine
 from ondol.errors import OndolError
-from ondol.evaluate import evaluate, greedy, held_out
+from ondol.evaluate import evaluate, held_out, ways
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
@@ -224,15 +224,11 @@ class Trainer:
     def _evaluate(self, rung: str, step: int, advance: Callable[[float, dict[str, float]], None]) -> dict[str, float]:
         """Greedy and sampled score on held-out problems; recorded under phase `rung`."""
         r, metrics = self.recipe, {}
-        sampled = r.sampling
-        modes: list[tuple[str, Any, Sampling]] = [("greedy", r.env, greedy(sampled)), ("sampled", r.env, sampled)]
-        if rung == "before" and r.evaluate.without_tools and getattr(r.env, "tools", ()):
-            modes.insert(
-                0, ("no_tool", r.env.model_copy(update={"tools": (), "max_turns": 1, "system": None}), greedy(sampled))
-            )
-        recorded: list[tuple[int, list[Trajectory]]] = []
-        for number, (mode, env, sampling) in enumerate(modes):
-            part = 1 / len(modes) / (len(self.problems) * (r.evaluate.samples if mode == "sampled" else 1))
+        without_tools = r.evaluate.without_tools and rung == "before"
+        modes = list(ways(r.env, r.sampling, r.evaluate.samples, without_tools))
+        recorded: list[tuple[str, list[Trajectory]]] = []
+        for mode, env, sampling, samples in modes:
+            part = 1 / len(modes) / (len(self.problems) * samples)
             result = evaluate(
                 self.engine,
                 self.loaded.renderer,
@@ -241,19 +237,19 @@ class Trainer:
                 self.problems,
                 sampling,
                 seed=(r.seed, PHASES["evaluate"]),
-                samples=r.evaluate.samples,
+                samples=samples,
                 timeout_s=r.rollout.timeout_s,
                 progress=lambda t, part=part: advance(part, {}),
                 stop=self.interrupt.check,
             )
             metrics[f"eval/score_{mode}"] = result.score
             metrics[f"eval/error_{mode}"] = result.error
-            recorded.append((number, result.trajectories))
+            recorded.append((mode, result.trajectories))
             if mode == "greedy":
                 self.reporter.trajectory(f"{rung}, greedy", result.trajectories[0])
         with self.run.db.step():
             self.run.db.add_metrics(rung, step, metrics)
-            for (mode, _, _), (_, trajectories) in zip(modes, recorded):
+            for mode, trajectories in recorded:
                 self.run.db.add_trajectories(f"{rung}/{mode}", step, trajectories)
         return metrics
 

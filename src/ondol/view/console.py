@@ -31,13 +31,13 @@ _LABELS = {
     "policy/entropy": "entropy",
     "gradient/norm": "gradient",
 }
-_PLAIN_EVERY_S = 1.0
+_PLAIN_EVERY_S = 5.0
 _now = time.monotonic
 
 
 class Progress:
     """Progress of a run. On a terminal: a bar and a line of values that stay in place. Elsewhere (a file, a pipe):
-    one plain line an update, at most one a second, and always the last of a phase.
+    one plain line an update, at most one in five seconds, and always the last of a phase.
 
     Args:
         total_steps: steps of a phase that does not say how many it has.
