@@ -64,11 +64,9 @@ class TwoAddends(Task):
         ]
 
     def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
-        """Any pair; a wrong one adds up to another number of the range."""
+        """Any pair; a wrong one adds up to another number, at most 9 away."""
         n = problem.data["n"]
-        total = n
-        while not right and total == n:
-            total = random.randint(self.low, self.high + 1)
+        total = n if right else random.choice([m for m in range(max(2, n - 9), n + 10) if m != n])
         a = random.randint(1, total - 1)
         return f"{a}+{total - a}"
 
