@@ -32,35 +32,52 @@ def log_probs(model: nn.Module, batch: Batch, *, head_budget: int = HEAD_BUDGET)
 
 
 class SegmentAttention:
-    """Attention over packed segments: each sees its ancestors whole and itself causally."""
+    """Attention over packed segments: each sees its ancestors whole and itself causally.
+
+    Segments of the same length and depth go through one attention call.
+    """
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
-        self.segments, self.device = segments, device
+        self.device = device
         self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+        kinds: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for s in segments:
+            chain, parent = [s], s.parent
+            while parent is not None:
+                chain.insert(0, parent)
+                parent = parent.parent
+            own = torch.arange(s.start, s.end)
+            seen = torch.cat([torch.arange(c.start, c.end) for c in chain])
+            kinds.setdefault((len(own), len(seen)), []).append((own, seen))
+        #: (new tokens, seen tokens, where the new ones are [members, new], where the seen ones are [members, seen])
+        self.kinds = [
+            (
+                new,
+                seen,
+                torch.stack([o for o, _ in members]).to(device),
+                torch.stack([c for _, c in members]).to(device),
+            )
+            for (new, seen), members in kinds.items()
+        ]
+        order = torch.cat([own.reshape(-1) for _, _, own, _ in self.kinds])
+        self.back = torch.empty_like(order)
+        self.back[order] = torch.arange(len(order), device=device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        gqa = q.shape[0] != k.shape[0]
-        out = []
-        for s in self.segments:
-            own, chain, parent = slice(s.start, s.end), [slice(s.start, s.end)], s.parent
-            while parent is not None:
-                chain.insert(0, slice(parent.start, parent.end))
-                parent = parent.parent
-            keys = k[:, own] if len(chain) == 1 else torch.cat([k[:, c] for c in chain], dim=1)
-            values = v[:, own] if len(chain) == 1 else torch.cat([v[:, c] for c in chain], dim=1)
-            new, total = s.end - s.start, keys.shape[1]
-            plain = len(chain) == 1 and (window is None or total <= window)
+        gqa, out = q.shape[0] != k.shape[0], []
+        for new, total, own, seen in self.kinds:
+            plain = new == total and (window is None or total <= window)
             attended = scaled_dot_product_attention(
-                q[:, own].unsqueeze(0),
-                keys.unsqueeze(0),
-                values.unsqueeze(0),
+                _pick(q, own),
+                _pick(k, seen),
+                _pick(v, seen),
                 attn_mask=None if plain else self._mask(new, total, window, q.dtype),
                 is_causal=plain,
                 scale=scale,
                 enable_gqa=gqa,
             )
-            out.append(attended[0].transpose(0, 1))
-        return torch.cat(out)
+            out.append(attended.transpose(1, 2).reshape(-1, q.shape[0], q.shape[2]))
+        return torch.cat(out).index_select(0, self.back)
 
     def _mask(self, new: int, total: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 where seen, -inf where not, [new, total], for the last `new` of `total` positions."""
@@ -74,6 +91,11 @@ class SegmentAttention:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             self.masks[key] = mask.masked_fill_(hidden, -torch.inf)
         return self.masks[key]
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """x [heads, N, dim] at index [members, n] -> [members, heads, n, dim]."""
+    return x.index_select(1, index.reshape(-1)).view(x.shape[0], *index.shape, -1).transpose(0, 1)
 
 
 class _Head(torch.autograd.Function):
