@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{args.recipe}, seed {seed}", flush=True)
         watch = Stamps()
         overrides = (f"seed={seed}", f"task.seed={seed}", f"evaluate.problems={args.problems}")
-        run = ondol.train(args.recipe, *overrides, runs=args.runs, reporter=watch)
+        run = ondol.run(args.recipe, *overrides, runs=args.runs, reporter=watch)
         with run:
             steps = [
                 {name: m.value for m in run.db.metrics(phase="rl") if m.step == step for name in [m.name]}

@@ -1,7 +1,7 @@
 """Ondol: an open lab for foundation models. One fire, many rooms.
 
 import ondol
-run = ondol.train("arithmetic", "train.steps=5")
+run = ondol.run("arithmetic", "train.steps=5")
 for rung in ondol.ladder(run):
     print(rung)
 print(run.path / "model")
@@ -10,7 +10,7 @@ print(run.path / "model")
 from typing import Any
 
 __version__ = "0.1.0"
-_API = ("ladder", "load_recipe", "open_run", "train")
+_API = ("ladder", "load_recipe", "open_run", "run")
 
 
 def __getattr__(name: str) -> Any:

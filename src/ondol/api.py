@@ -10,10 +10,10 @@ from ondol.evaluate import ladder
 from ondol.recipe import Recipe, load_recipe
 from ondol.store import Run
 
-__all__ = ["ladder", "load_recipe", "open_run", "train"]
+__all__ = ["ladder", "load_recipe", "open_run", "run"]
 
 
-def train(
+def run(
     recipe: Recipe | str | Path | dict[str, Any], *overrides: str, runs: str | Path | None = None, reporter: Any = None
 ) -> Run:
     """Run a recipe; the finished run, open for reading.
@@ -32,10 +32,10 @@ def train(
     made = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     m = made.model
     root = Path(runs or os.environ.get("ONDOL_RUNS") or "runs")
-    with Run.create(root, made.name, to_table(made)) as run:
-        loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora)
-        Trainer(made, run, loaded, reporter=reporter).train()
-    return Run.open(run.path)
+    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora)
+    with Run.create(root, made.name, to_table(made)) as opened:
+        Trainer(made, opened, loaded, reporter=reporter).train()
+    return Run.open(opened.path)
 
 
 def open_run(text: str | Path = "last", runs: str | Path | None = None) -> Run:
