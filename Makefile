@@ -1,6 +1,7 @@
 # make demo   a language model learns to use a tool, from nothing to finished in minutes
 # make test   all set-up for, and all of, the checks: lint, types, import rules, tests, a short real run
 # make reproduce   the slow runs behind the committed results
+# make bench   ours beside the peers on the same work, in turn (about 40 minutes)
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 VENV := .venv
@@ -47,7 +48,12 @@ test: $(VENV)/.dev
 reproduce: $(VENV)/.dev
 	$(BIN)/python results/ladder.py
 
-clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+bench: $(VENV)/.runtime
+	@test -x bench/.venv/bin/python || $(PYTHON) -m venv bench/.venv
+	@bench/.venv/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements.txt
+	$(BIN)/python bench/run.py
 
-.PHONY: help demo test reproduce clean
+clean:
+	rm -rf $(VENV) bench/.venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.PHONY: help demo test reproduce bench clean

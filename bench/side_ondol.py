@@ -105,7 +105,9 @@ def sample() -> list[Group]:
         env = Slow(max_turns=work.tool_turns + 1)
         problems = [Problem(str(i), str(i), "") for i in range(len(prompts))]
         sampling = Sampling(max_tokens=work.lengths[0])
-        return rollout(tooled, Fixed(observed), Plan(None, env, problems, work.samples, sampling, (0,), overlap_tools=True))  # type: ignore[arg-type]
+        return rollout(
+            tooled, Fixed(observed), Plan(None, env, problems, work.samples, sampling, (0,), overlap_tools=True)
+        )  # type: ignore[arg-type]
     out = {}
     for i in range(len(prompts) * work.samples):
         engine.submit(Request(f"{i:04d}", prompts[i // work.samples], Sampling(max_tokens=work.lengths[i]), (0, i)))
@@ -135,7 +137,16 @@ if peer:  # the peer's tokens under our network, before anything changes
     worst = 0.0
     for s in peer[:: max(1, len(peer) // 8)]:
         n, blank = len(s["completion"]), len(s["prompt"])
-        t = Trajectory((0, 0, 0), Problem("", "", ""), s["prompt"] + s["completion"], blank, [False] * blank + s["sampled"], [False] * blank + s["sampled"], [0.0] * (blank + n), [-1] * (blank + n))
+        t = Trajectory(
+            (0, 0, 0),
+            Problem("", "", ""),
+            s["prompt"] + s["completion"],
+            blank,
+            [False] * blank + s["sampled"],
+            [False] * blank + s["sampled"],
+            [0.0] * (blank + n),
+            [-1] * (blank + n),
+        )
         with torch.no_grad():
             ours = log_probs(loaded.model, learner.pack([Sequence_(t, 0, 0.0, 1.0)])[0])[0]
         theirs = torch.tensor([lp for lp, m in zip(s["logp"], s["sampled"]) if m])

@@ -110,7 +110,12 @@ if work.tool_turns:
     extra = {"tools": [look_up]}
     budget = (work.tool_turns + 1) * (max(work.lengths) + 60)
     prompts = [
-        {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": t.split("user\n")[1].split("<|im_end|>")[0]}]}
+        {
+            "prompt": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": t.split("user\n")[1].split("<|im_end|>")[0]},
+            ]
+        }
         for t in work.prompts
     ]
 config = GRPOConfig(
@@ -136,13 +141,28 @@ config = GRPOConfig(
     seed=0,
     **({"max_tool_calling_iterations": work.tool_turns} if work.tool_turns else {}),
 )
-trainer = GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(prompts), processing_class=tokenizer, callbacks=[Clock()], **extra)
+trainer = GRPOTrainer(
+    model=model,
+    reward_funcs=reward,
+    args=config,
+    train_dataset=Dataset.from_list(prompts),
+    processing_class=tokenizer,
+    callbacks=[Clock()],
+    **extra,
+)
 plain_loss = trainer._compute_loss
 batches = []
 
 
 def compute_loss(m, inputs):
-    batches.append({k: inputs[k].tolist() for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask") if k in inputs} | ({"tool_mask": inputs["tool_mask"].tolist()} if inputs.get("tool_mask") is not None else {}))
+    batches.append(
+        {
+            k: inputs[k].tolist()
+            for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+            if k in inputs
+        }
+        | ({"tool_mask": inputs["tool_mask"].tolist()} if inputs.get("tool_mask") is not None else {})
+    )
     return plain_loss(m, inputs)
 
 
@@ -173,15 +193,34 @@ started = time.perf_counter()
 trainer.train()
 total = seen["end"] - seen["begin"]
 sequences = []
-for b, lp in zip(batches, logps[-len(batches):]):
+for b, lp in zip(batches, logps[-len(batches) :]):
     for i in range(len(b["completion_ids"])):
         prompt_ids = [t for t, m in zip(b["prompt_ids"][i], b["prompt_mask"][i]) if m]
         n = sum(b["completion_mask"][i])
         mask = [bool(x) for x in b.get("tool_mask", b["completion_mask"])[i][:n]]
-        sequences.append({"prompt": prompt_ids, "completion": b["completion_ids"][i][:n], "sampled": mask, "logp": [round(float(x), 6) for x in lp[i][:n]]})
+        sequences.append(
+            {
+                "prompt": prompt_ids,
+                "completion": b["completion_ids"][i][:n],
+                "sampled": mask,
+                "logp": [round(float(x), 6) for x in lp[i][:n]],
+            }
+        )
 Path(args.out).write_text(json.dumps(sequences))
-print("RESULT " + json.dumps({
-    "side": "trl", "work": work.name, "step_s": total, "sample_s": seen.get("sample_s"), "learn_s": total - seen.get("sample_s", 0.0), "generate_s": seen["generate_s"],
-    "prompt_tokens": sum(len(s["prompt"]) for s in sequences), "new_tokens": sum(sum(s["sampled"]) for s in sequences),
-    "observation_tokens": sum(len(s["sampled"]) - sum(s["sampled"]) for s in sequences), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-}))
+print(
+    "RESULT "
+    + json.dumps(
+        {
+            "side": "trl",
+            "work": work.name,
+            "step_s": total,
+            "sample_s": seen.get("sample_s"),
+            "learn_s": total - seen.get("sample_s", 0.0),
+            "generate_s": seen["generate_s"],
+            "prompt_tokens": sum(len(s["prompt"]) for s in sequences),
+            "new_tokens": sum(sum(s["sampled"]) for s in sequences),
+            "observation_tokens": sum(len(s["sampled"]) - sum(s["sampled"]) for s in sequences),
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+    )
+)

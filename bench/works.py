@@ -44,14 +44,24 @@ def make(name: str) -> Work:
         prompts = tuple(prompt(question(r)) for _ in range(4))
         lengths = [r.randint(16, 256) for _ in range(31)] + [256]
         r.shuffle(lengths)
-        return Work("B", "GRPO step, long answers: 4 prompts x 8 samples, up to 256 new tokens", prompts, 8, tuple(lengths))
+        return Work(
+            "B", "GRPO step, long answers: 4 prompts x 8 samples, up to 256 new tokens", prompts, 8, tuple(lengths)
+        )
     if name == "C":
         prompts = tuple(prompt(question(r)) for _ in range(8))
         text = "The interpreter gave 3601 after 0.2 s."
-        return Work("C", "GRPO step with tools: as A, 3 tool turns, each call takes 0.2 s", prompts, 8, (28,) * 64, 3, 0.2, text)
+        return Work(
+            "C", "GRPO step with tools: as A, 3 tool turns, each call takes 0.2 s", prompts, 8, (28,) * 64, 3, 0.2, text
+        )
     if name == "D":
         own = [prompt(" ".join(question(r) for _ in range(r.randint(1, 4)))) for _ in range(32)]
         shared = [prompt(question(r)) for _ in range(4)]
         prompts = tuple(own + [shared[i // 8] for i in range(32)])
-        return Work("D", "sampling: 64 requests of mixed length, half of them sharing prompts", prompts, 1, tuple(r.randint(8, 96) for _ in prompts))
+        return Work(
+            "D",
+            "sampling: 64 requests of mixed length, half of them sharing prompts",
+            prompts,
+            1,
+            tuple(r.randint(8, 96) for _ in prompts),
+        )
     raise ValueError(f"no work is called {name}")

@@ -61,8 +61,21 @@ def page() -> str:
     for name, model in tables_of(Recipe):
         lines += ["", f"## `[{name}]`", "", " ".join((model.__doc__ or "").split()), "", *rows(model)]
         for inner, inner_model in tables_of(model):
-            lines += ["", f"### `{name}.{inner}`", "", " ".join((inner_model.__doc__ or "").split()), "", *rows(inner_model)]
-    for room, key in (("tasks", "task"), ("envs", "env"), ("tools", "env.tools"), ("methods", "method"), ("verifiers", "verifier")):
+            lines += [
+                "",
+                f"### `{name}.{inner}`",
+                "",
+                " ".join((inner_model.__doc__ or "").split()),
+                "",
+                *rows(inner_model),
+            ]
+    for room, key in (
+        ("tasks", "task"),
+        ("envs", "env"),
+        ("tools", "env.tools"),
+        ("methods", "method"),
+        ("verifiers", "verifier"),
+    ):
         for name in sorted(BUILT_IN[room]):
             part = find(room, name)
             first = " ".join((part.__doc__ or "").split("\n\n")[0].split())

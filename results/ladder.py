@@ -29,7 +29,9 @@ CLAIMS = {
     "before RL it cannot: sampled score before": lambda m: m["before"]["sampled"] <= 0.05,
     "after RL, greedy at least 0.90": lambda m: m["after RL"]["greedy"] >= 0.90,
     "after RL, sampled at least 0.90": lambda m: m["after RL"]["sampled"] >= 0.90,
-    "RL itself adds at least 0.20 to the sampled score": lambda m: m["after RL"]["sampled"] - m["after warm start"]["sampled"] >= 0.20,
+    "RL itself adds at least 0.20 to the sampled score": lambda m: (
+        m["after RL"]["sampled"] - m["after warm start"]["sampled"] >= 0.20
+    ),
 }
 
 
@@ -95,7 +97,12 @@ def main() -> None:
         "recipe": args.recipe,
         "command": "python results/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
         "commit": commit,
-        "machine": {"cpu": processor(), "cores": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": {
+            "cpu": processor(),
+            "cores": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
         "seeds": args.seeds,
         "problems": args.problems,
         "mean": mean,

@@ -26,7 +26,7 @@ PLACES = {
     "sampling": ("ondol.engines.torch", "TorchEngine.step"),
     "loss": ("ondol.train.learner", "log_probs"),
     "update": ("ondol.train.optimizer", "Optimizer.step"),
-    "tensors": ("ondol.train.loop", "_save_tensors"),
+    "tensors": ("ondol.train.checkpoint", "save_tensors"),
     "seal": ("ondol.store.checkpoint", "_seal"),
     "sync": ("ondol.store.checkpoint", "_sync"),
     "rotate": ("ondol.store.checkpoint", "_rotate"),

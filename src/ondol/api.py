@@ -23,7 +23,7 @@ def run(
         overrides: "a.b=value" settings.
         runs: folder of runs (default: $ONDOL_RUNS, else ./runs).
         reporter: an `ondol.train.report.Reporter` that hears of progress.
-    Raises OndolError for anything a person can act on.
+    Raises OndolError for anything a person can act on, KeyboardInterrupt when it was stopped by a signal (and saved).
     """
     from ondol.models.load import load_model
     from ondol.recipe import to_table
@@ -34,7 +34,9 @@ def run(
     root = Path(runs or os.environ.get("ONDOL_RUNS") or "runs")
     loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora)
     with Run.create(root, made.name, to_table(made)) as opened:
-        Trainer(made, opened, loaded, reporter=reporter).train()
+        state = Trainer(made, opened, loaded, reporter=reporter).train()
+    if state == "stopped":  # saved; `ondol resume` goes on
+        raise KeyboardInterrupt(f"{opened.name} was stopped")
     return Run.open(opened.path)
 
 

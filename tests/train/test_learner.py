@@ -29,8 +29,11 @@ def trajectories(seed: int = 0, prompts: int = 3, samples: int = 4) -> list[Traj
     """Groups with a prompt each; sampled turns, observations between, some sampled tokens that are not trained."""
     rng = random.Random(seed)
     out = []
+    begun = [
+        rng.randrange(4, 99) for _ in range(rng.randint(0, 6))
+    ]  # all prompts begin alike, as with a system message
     for p in range(prompts):
-        prompt = [rng.randrange(4, 99) for _ in range(rng.randint(3, 20))]
+        prompt = begun + [rng.randrange(4, 99) for _ in range(rng.randint(3, 20))]
         for s in range(samples):
             ids, sampled, trained = list(prompt), [False] * len(prompt), [False] * len(prompt)
             for turn in range(rng.randint(1, 3)):

@@ -17,7 +17,7 @@ from ondol.models.save import weights
 from ondol.recipe import load_recipe, to_table
 from ondol.store import Run, latest_checkpoint
 from ondol.store.metrics import metric
-from ondol.train import loop
+from ondol.train import checkpoint, loop
 from ondol.train.loop import Trainer
 from ondol.train.report import Reporter
 
@@ -319,7 +319,7 @@ def test_a_full_disk_in_a_checkpoint(tmp_path, monkeypatch) -> None:
     """The one before is kept and said to be; with space again the run goes on and ends as if nothing had happened."""
     changes = ("train.steps=4", "train.checkpoint_every_steps=1", "evaluate.problems=0")
     _, expected = go(tmp_path / "a", *changes)
-    real, count = loop._save_tensors, [0]
+    real, count = checkpoint.save_tensors, [0]
 
     def write(tensors, path):
         count[0] += 1
@@ -329,7 +329,7 @@ def test_a_full_disk_in_a_checkpoint(tmp_path, monkeypatch) -> None:
         real(tensors, path)
 
     with monkeypatch.context() as m:
-        m.setattr(loop, "_save_tensors", write)
+        m.setattr(checkpoint, "save_tensors", write)
         with pytest.raises(OndolError, match=r"'rl-000003' was not saved: the disk is full") as caught:
             go(tmp_path / "b", *changes)
     assert "then resume; the earlier ones are untouched" in str(caught.value)

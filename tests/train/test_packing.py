@@ -100,3 +100,12 @@ def test_masks_of_the_prompt():
     (batch,) = pack([Sequence_(t, 0, 0.0, 1.0)], 100)
     assert batch.target.tolist() == [2, 4] and batch.source.tolist() == [0, 2]
     assert torch.equal(batch.weight, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_common_beginning_is_shared_once():
+    masks = [(50, True, True), (51, True, True)]
+    two = [Sequence_(trajectory([7, 8, 9, n], masks), n, 1.0, 1.0) for n in (10, 11)]
+    shared, apart = pack(two, 100), pack(two, 100, share_prompts=False)
+    assert shared[0].ids.tolist() == [7, 8, 9, 10, 50, 51, 11, 50, 51]
+    assert shared[0].positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert len(apart[0].ids) == shared[0].sequence_tokens == 12

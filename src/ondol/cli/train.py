@@ -102,7 +102,7 @@ def _start(args: Namespace, console: Console) -> int:
 
         read_trajectories(dump)
     loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
-    from ondol.train.loop import check_prompts
+    from ondol.train.warm_start import check_prompts
 
     check_prompts(recipe, loaded)
     options = {"rollout_only": args.rollout_only, "dump": dump}

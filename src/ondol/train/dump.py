@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ondol.errors import OndolError
-from ondol.records import Trajectory
+from ondol.records import Group, Trajectory
 from ondol.store import Run
 
 _PHASES = ("warm_start", "rl")
@@ -69,3 +70,11 @@ def _checked(t: Trajectory) -> Trajectory:
     if len(t.key) != 3 or not all(isinstance(k, int) for k in t.key):
         raise ValueError("'key' must be three whole numbers: step, problem, sample")
     return t
+
+
+def groups_of(trajectories: Iterable[Trajectory]) -> list[Group]:
+    """Trajectories of one step as groups, problems and samples in order."""
+    by_problem: dict[int, list[Trajectory]] = {}
+    for t in trajectories:
+        by_problem.setdefault(t.key[1], []).append(t)
+    return [Group(ts[0].problem, sorted(ts, key=lambda t: t.key)) for _, ts in sorted(by_problem.items())]

@@ -8,13 +8,11 @@ number and what earlier stages recorded; it is written to the run's database in 
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +26,15 @@ from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
 from ondol.records import Group, Message, Problem, Trajectory
 from ondol.rollout.driver import Plan, rollout, statistics
-from ondol.store import Run, latest_checkpoint, save_checkpoint
-from ondol.train.dump import read_trajectories
+from ondol.store import Run
+from ondol.train import checkpoint
+from ondol.train.checkpoint import Position
+from ondol.train.dump import groups_of, read_trajectories
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner, NotFinite, dump_batch
 from ondol.train.optimizer import Optimizer
 from ondol.train.report import Reporter
-from ondol.train.warm_start import accepted, check_tokens, demonstrations, prompt, replant, updates
+from ondol.train.warm_start import accepted, check_prompts, check_tokens, demonstrations, replant, updates
 
 #: first number after the run's seed in every random stream, so that no two uses share one
 PHASES = {"rl": 0, "warm_start": 1, "sft": 2, "evaluate": 3, "order": 4}
@@ -209,7 +209,7 @@ class Trainer:
             path = self.run.path / "reference.safetensors"
             if fresh:
                 part = path.with_name(f"{path.name}.part")
-                _save_tensors(weights(self.loaded.model), part)
+                checkpoint.save_tensors(weights(self.loaded.model), part)
                 part.replace(path)
             reference = copy.deepcopy(self.loaded.model)
             load_weights(reference, path)
@@ -337,7 +337,7 @@ class Trainer:
         started = time.perf_counter()
         before = copy.copy(self.engine.stats)
         if self.dump is not None:
-            groups = _groups([t for t in self.dump if t.key[0] == step])
+            groups = groups_of([t for t in self.dump if t.key[0] == step])
             if not groups:
                 raise OndolError(f"the dump holds no trajectories of step {step}", f"set train.steps={step - 1}")
         else:
@@ -452,58 +452,25 @@ class Trainer:
         if self.learner is None or self.done[0] < 0 or self.saved == self.done:
             return
         index, step = self.done
-        state = {"stage": self.stages[index].name, "step": step, "version": self.version}
-        learner = self.learner
-
-        def write(folder: Path) -> None:
-            _save_tensors(weights(self.loaded.model), folder / "model.safetensors")
-            _save_tensors(learner.optimizer.state(), folder / "optimizer.safetensors")
-            (folder / "state.json").write_text(json.dumps(state))
-
-        save_checkpoint(
-            self.run.checkpoints, f"{state['stage']}-{step:06d}", write, keep=self.recipe.train.keep_checkpoints
-        )
+        position = Position(self.stages[index].name, step, self.version)
+        checkpoint.save(self.run, position, self.loaded, self.learner.optimizer, self.recipe.train.keep_checkpoints)
         self.saved = self.done
 
     def _restore(self) -> None:
         """Go back to the last good checkpoint, if there is one, and forget what was recorded after it."""
-        path = latest_checkpoint(
-            self.run.checkpoints, lambda p, why: self.reporter.warn(f"checkpoint {p.name} is damaged ({why}): skipped")
-        )
-        names = [s.name for s in self.stages]
-        if path is not None:
-            from safetensors.torch import load_file
-
-            state = json.loads((path / "state.json").read_text())
-            index = names.index(state["stage"])
+        path, position = checkpoint.latest(self.run, self.reporter.warn)
+        if path is not None and position is not None:
+            index = [s.name for s in self.stages].index(position.stage)
             load_weights(self.loaded.model, path / "model.safetensors")
-            self.version, self.done = state["version"], (index, state["step"])
+            self.version, self.done = position.version, (index, position.step)
             self._begin(self.stages[index], fresh=False)
             assert self.learner is not None
-            self.learner.optimizer.load_state(load_file(path / "optimizer.safetensors"))
+            checkpoint.load_optimizer(path, self.learner.optimizer)
             self._tell_version()
             self.engine.sync(self.version)
             self.saved = self.done
-            self.reporter.note(f"resuming {self.run.name} after step {state['step']} of '{state['stage']}'")
-        self._forget(names)
-
-    def _forget(self, names: list[str]) -> None:
-        """Drop what will be done again. Stages that change nothing and follow the checkpoint directly stay."""
-        index, step = self.done
-        db = self.run.db
-        first = max(index, 0)
-        if index >= 0:
-            for phase in (names[index], "rl/greedy", "rl/sampled"):
-                db.forget_after(phase, step)
-            first = index + 1
-        again = False  # what follows a stage that changes the weights is done again
-        for stage in self.stages[first:]:
-            again = again or stage.trains
-            done = 0 if again else db.meta(f"done:{stage.name}", 0)
-            db.set_meta(f"done:{stage.name}", done)
-            for phase in (stage.name, f"{stage.name}/no_tool", f"{stage.name}/greedy", f"{stage.name}/sampled"):
-                db.forget_after(phase, done or -1)
-            again = again or done < stage.steps
+            self.reporter.note(f"resuming {self.run.name} after step {position.step} of '{position.stage}'")
+        checkpoint.forget(self.run, [(s.name, s.steps, s.trains) for s in self.stages], self.done)
 
 
 def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
@@ -512,34 +479,6 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
     return TorchEngine(
         loaded.model, loaded.tokenizer, loaded.context_length, max_batch=r.max_batch, share_prefixes=r.share_prefixes
     )
-
-
-def check_prompts(recipe: Recipe, loaded: LoadedModel) -> None:
-    """Fail now, and clearly, when the prompts cannot fit."""
-    _, ids = prompt(
-        recipe, loaded, recipe.task.problem(0, "train"), recipe.warm_start.messages if recipe.warm_start else ()
-    )
-    turns, tokens = recipe.env.max_turns, recipe.sampling.max_tokens
-    need = len(ids) + turns * tokens
-    if need > loaded.context_length:
-        raise OndolError(
-            f"a prompt of {len(ids)} tokens and {turns} turn{'s' if turns > 1 else ''} of {tokens} (sampling.max_tokens) "
-            f"may need {need} tokens; the context of {loaded.name} is {loaded.context_length}",
-            "lower sampling.max_tokens or env.max_turns, shorten the system message or examples, or take another model",
-        )
-
-
-def _groups(trajectories: Iterable[Trajectory]) -> list[Group]:
-    by_problem: dict[int, list[Trajectory]] = {}
-    for t in trajectories:
-        by_problem.setdefault(t.key[1], []).append(t)
-    return [Group(ts[0].problem, sorted(ts, key=lambda t: t.key)) for _, ts in sorted(by_problem.items())]
-
-
-def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(path))
 
 
 def _hit_share(before: Any, after: Any) -> float:

@@ -1,4 +1,4 @@
-"""Trajectories to packed micro-batches: no padding, each group's prompt once, bounded by a token budget."""
+"""Trajectories to packed micro-batches: no padding, common prompts and beginnings of prompts once, bounded by a budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Sequence_:
 
 
 def pack(sequences: Sequence[Sequence_], tokens_per_microbatch: int, *, share_prompts: bool = True) -> list[Batch]:
-    """Pack in the given order. Neighbours with the same prompt share it when `share_prompts` is on.
+    """Pack in the given order. With `share_prompts`, neighbours with the same prompt share it, and all prompts of a
+    micro-batch share their common beginning (a system message, say).
 
     A micro-batch holds at most `tokens_per_microbatch` tokens (a single longer sequence gets one of its own), so
     memory follows that number and not the number of prompts or samples. A trajectory is never split.
@@ -36,7 +37,7 @@ def pack(sequences: Sequence[Sequence_], tokens_per_microbatch: int, *, share_pr
         joins = family is not None and _prompt(family[0].trajectory) == _prompt(t)
         cost = tail + (0 if joins else t.prompt_length)
         if chosen and used + cost > tokens_per_microbatch:
-            batches.append(_batch(chosen))
+            batches.append(_batch(chosen, share_prompts))
             chosen, used, joins = [], 0, False
             cost = len(t.ids)
         if joins:
@@ -45,7 +46,7 @@ def pack(sequences: Sequence[Sequence_], tokens_per_microbatch: int, *, share_pr
             chosen.append([s])
         used += cost
     if chosen:
-        batches.append(_batch(chosen))
+        batches.append(_batch(chosen, share_prompts))
     return batches
 
 
@@ -53,21 +54,34 @@ def _prompt(t: Trajectory) -> list[int]:
     return t.ids[: t.prompt_length]
 
 
-def _batch(families: list[list[Sequence_]]) -> Batch:
+def _common_beginning(prompts: list[list[int]]) -> int:
+    """How many first tokens all prompts share; at least one token of each is left over."""
+    first, last = min(prompts), max(prompts)  # in lexical order: what these two share, all share
+    most = min(len(p) for p in prompts) - 1
+    return next((i for i in range(most) if first[i] != last[i]), max(most, 0))
+
+
+def _batch(families: list[list[Sequence_]], share: bool) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
     rows: list[tuple[int, int, int, bool, bool, float, int, float, float]] = []
     sequence_tokens = 0
+    base, begun = None, 0
+    if share and len(families) > 1 and (begun := _common_beginning([_prompt(f[0].trajectory) for f in families])):
+        base = Segment(0, begun)
+        segments.append(base)
+        ids += families[0][0].trajectory.ids[:begun]
+        positions += range(begun)
     for family in families:
         first = family[0].trajectory
         start = first.prompt_length
         root = None
         if start > 0:
-            root = Segment(len(ids), len(ids) + start)
+            root = Segment(len(ids), len(ids) + start - begun, base)
             segments.append(root)
-            ids += first.ids[:start]
-            positions += range(start)
+            ids += first.ids[begun:start]
+            positions += range(begun, start)
             if any(any(s.trajectory.trained[:start]) for s in family):
                 raise ValueError("prompt tokens cannot be trained when they are shared: set prompt_length to 0")
         for s in family:

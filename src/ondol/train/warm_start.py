@@ -123,3 +123,18 @@ def updates(recipe: Recipe, traces: Sequence[Any]) -> int:
     """How many SFT updates the traces make."""
     w = _settings(recipe)
     return w.epochs * -(-len(traces) // w.traces_per_update)
+
+
+def check_prompts(recipe: Recipe, loaded: LoadedModel) -> None:
+    """Fail now, and clearly, when the prompts cannot fit."""
+    _, ids = prompt(
+        recipe, loaded, recipe.task.problem(0, "train"), recipe.warm_start.messages if recipe.warm_start else ()
+    )
+    turns, tokens = recipe.env.max_turns, recipe.sampling.max_tokens
+    need = len(ids) + turns * tokens
+    if need > loaded.context_length:
+        raise OndolError(
+            f"a prompt of {len(ids)} tokens and {turns} turn{'s' if turns > 1 else ''} of {tokens} (sampling.max_tokens) "
+            f"may need {need} tokens; the context of {loaded.name} is {loaded.context_length}",
+            "lower sampling.max_tokens or env.max_turns, shorten the system message or examples, or take another model",
+        )

@@ -1,0 +1,201 @@
+"""Ours beside the peers, on the same work, in turn. Writes bench/results/<machine>.json and bench/results/<machine>.md.
+
+    make bench                                   # everything, about 40 minutes on 2 cores
+    python bench/run.py --works A --rounds 1     # one work, once
+
+Each side runs one step in a fresh process (loading is not timed), peer first, then ours on the prompts that the peer really had; rounds
+alternate, and ratios are taken of medians. `floor_s` is what the machine's own matrix-product rate allows for the distinct tokens of the
+work: 2 N FLOPs a token for sampling and 6 N for learning, each shared prompt once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TARGETS = {"A": 4.0, "B": 2.5, "C": 3.0, "D": 3.0, "D continuous": 1.0, "E": 3.5, "F in A": 1 / 0.6, "F in B": 1 / 0.6}
+
+
+def side(python: str, script: str, *words: str, threads: int, limit_s: float) -> dict[str, Any]:
+    """Run one side; its result, or {"failed": why}."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [python, str(HERE / script), *words, "--threads", str(threads)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit_s, cwd=HERE)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {limit_s:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    return {"failed": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1:])[:300]}
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--works", default="A,B,C,D")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--peer-python", default=str(HERE / ".venv/bin/python"), help="an environment with the peers")
+    p.add_argument("--limit", type=float, default=1200, help="seconds that one side may take")
+    args = p.parse_args()
+    from ondol.models.bundled import bundled_path
+
+    model = str(bundled_path())
+    rate = side(sys.executable, "machine.py", threads=args.threads, limit_s=100)
+    print(f"machine: {rate}", flush=True)
+    peer, ours, continuous = {}, {}, []
+    for n in range(args.rounds):
+        for work in args.works.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                shared = f"{folder}/peer.json"
+                if work == "D":
+                    theirs = side(
+                        args.peer_python,
+                        "side_transformers.py",
+                        "D",
+                        "--model",
+                        model,
+                        threads=args.threads,
+                        limit_s=args.limit,
+                    )
+                    other = side(
+                        args.peer_python,
+                        "side_transformers.py",
+                        "D",
+                        "--model",
+                        model,
+                        "--how",
+                        "continuous",
+                        threads=args.threads,
+                        limit_s=args.limit,
+                    )
+                    continuous.append(other)
+                    print(f"round {n + 1} {work} {other}", flush=True)
+                    words = []
+                else:
+                    theirs = side(
+                        args.peer_python,
+                        "side_trl.py",
+                        work,
+                        "--model",
+                        model,
+                        "--out",
+                        shared,
+                        threads=args.threads,
+                        limit_s=args.limit,
+                    )
+                    words = ["--peer", shared] if "failed" not in theirs else []
+                mine = side(
+                    sys.executable,
+                    "side_ondol.py",
+                    work,
+                    "--model",
+                    model,
+                    *words,
+                    threads=args.threads,
+                    limit_s=args.limit,
+                )
+            print(f"round {n + 1} {work} {theirs}\n          {mine}", flush=True)
+            peer.setdefault(work, []).append(theirs)
+            ours.setdefault(work, []).append(mine)
+    rate_after = side(sys.executable, "machine.py", threads=args.threads, limit_s=100)
+    rows = table(ours, peer, continuous, max(rate.get("mm_gflops", 0), rate_after.get("mm_gflops", 0)))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    for row in rows:
+        row["commit"] = commit
+    name = f"{cpu()}-{args.threads}-threads".lower().replace(" ", "-").replace("(r)", "").replace("@", "")
+    out = HERE / "results" / f"{name}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    raw = {
+        "command": "python bench/" + " ".join(["run.py", *sys.argv[1:]]),
+        "machine": [rate, rate_after],
+        "ours": ours,
+        "peer": peer,
+        "continuous": continuous,
+    }
+    out.with_suffix(".raw.json").write_text(json.dumps(raw, indent=1) + "\n")
+    text = page(rows, raw)
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def table(ours: dict, peer: dict, continuous: list, gflops: float) -> list[dict[str, Any]]:
+    """Rows of the results file. A side that failed makes a row that says so."""
+    rows: list[dict[str, Any]] = []
+
+    def add(work: str, name: str, key: str, mine: list[dict], theirs: list[dict], floor: float | None) -> None:
+        mine, good = [m for m in mine if "failed" not in m], [t for t in theirs if "failed" not in t]
+        if not mine or not good:
+            rows.append({"work": work, "peer": name, "failed": [t.get("failed") for t in theirs]})
+            return
+        a, b = statistics.median(m[key] for m in mine), statistics.median(t[key] for t in good)
+        tokens = {k: mine[0][k] for k in ("prompt_tokens", "new_tokens", "observation_tokens")}
+        equal = all(t[k] == v for t in good for k, v in tokens.items())
+        unit = "mib" if key == "peak_mib" else "s"
+        rows.append(
+            {
+                "work": work, "peer": name, f"ours_{unit}": round(a, 2), f"peer_{unit}": round(b, 2), "ratio": round(b / a, 2),
+                "floor_s": None if floor is None else round(floor, 2), "target": round(TARGETS[work], 2), "tokens": tokens, "tokens_equal": equal,
+                "rounds": len(mine), "logp_gap": max((m["logp_gap_to_peer"] or 0.0 for m in mine), default=None) if "logp_gap_to_peer" in mine[0] else None,
+            }
+        )  # fmt: skip
+
+    for work, mine in ours.items():
+        good = [m for m in mine if "failed" not in m]
+        sample = learn = None
+        if good and gflops:
+            flops = good[0]["parameters"] * good[0]["distinct_tokens"] / (gflops * 1e9)
+            sample, learn = 2 * flops, 6 * flops
+        if work == "D":
+            add("D", "transformers generate", "sample_s", mine, peer[work], sample)
+            add("D continuous", "transformers continuous batching", "sample_s", mine, continuous, sample)
+            continue
+        add(work, "TRL GRPOTrainer", "step_s", mine, peer[work], None if sample is None else sample + learn)
+        if work == "A":
+            add("E", "TRL's loss, backward and update on A's batch", "learn_s", mine, peer[work], learn)
+        if work in "AB":
+            add(f"F in {work}", "TRL, peak memory", "peak_mib", mine, peer[work], None)
+    return rows
+
+
+def page(rows: list[dict[str, Any]], raw: dict[str, Any]) -> str:
+    lines = [
+        f"`{raw['command']}` on {cpu()}; matrix products at {raw['machine'][0].get('mm_gflops', 0):.0f} GFLOP/s before and "
+        f"{raw['machine'][1].get('mm_gflops', 0):.0f} after; medians of {max((r.get('rounds', 0) for r in rows), default=0)} rounds.",
+        "",
+        "| work | peer | ours | peer | ratio | target | floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if "failed" in r:
+            lines.append(f"| {r['work']} | {r['peer']} | | failed: {r['failed'][0]} | | | |")
+            continue
+        unit = "MiB" if "ours_mib" in r else "s"
+        mine, theirs = r.get("ours_s", r.get("ours_mib")), r.get("peer_s", r.get("peer_mib"))
+        floor = "" if r["floor_s"] is None else f"{r['floor_s']:.1f} s"
+        lines.append(
+            f"| {r['work']} | {r['peer']} | {mine:.1f} {unit} | {theirs:.1f} {unit} | {r['ratio']:.2f}x | {r['target']:.2f}x | {floor} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
