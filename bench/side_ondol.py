@@ -94,7 +94,7 @@ class FixedLength(TorchEngine):
 
     def _append(self, row, token, logp, truncated):
         finish = super()._append(row, token, logp, truncated)
-        return finish if finish is None or finish.value != "length" else type(finish)("stop")
+        return finish if finish is None or finish.value != "length" else type(finish)("end")
 
 
 def sample() -> list[Group]:

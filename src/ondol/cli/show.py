@@ -11,18 +11,20 @@ from rich.text import Text
 from ondol.cli._common import print_json, runs_root
 from ondol.errors import OndolError, nearest
 from ondol.evaluate import ladder
-from ondol.store import Run
-from ondol.view.console import before_after_table, table
+from ondol.store import Run, metric
+from ondol.view.console import before_after_table, number, table
 from ondol.view.trajectory import render_trajectory
 
-_COLUMNS = (
-    "score/mean",
-    "policy/entropy",
-    "gradient/norm",
-    "policy/clip_share",
-    "groups/zero_advantage_share",
-    "mismatch/max_abs",
-)
+#: metrics of the table of steps, and short names for a narrow terminal
+_COLUMNS = {
+    "score/mean": "score",
+    "policy/entropy": "entropy",
+    "gradient/norm": "gradient",
+    "policy/clip_share": "clipped",
+    "groups/zero_advantage_share": "no signal",
+    "mismatch/max_abs": "mismatch",
+    "step/seconds": "seconds",
+}
 
 
 def run(args: Namespace) -> int:
@@ -59,11 +61,16 @@ def run(args: Namespace) -> int:
             by_step.setdefault(m.step, {})[m.name] = m.value
         if by_step:
             console.print()
-            columns = [c for c in _COLUMNS if any(c in v for v in by_step.values())]
-            console.print(table([{"step": s, **v} for s, v in by_step.items()], ["step", *columns]))
+            found = [m for m in _COLUMNS if any(m in v for v in by_step.values())]
+            rows = [[str(step), *(_short(m, v.get(m)) for m in found)] for step, v in by_step.items()]
+            console.print(table(rows, ["step", *(_COLUMNS[m] for m in found)]))
         for t in wanted:
             console.print()
             console.print(render_trajectory(t))
         if plot:
             console.print(Text(f"curves: {plot}"))
         return 0
+
+
+def _short(name: str, value: float | None) -> str:
+    return "-" if value is None else number(value, "share" if metric(name).unit == "share" else "")
