@@ -68,13 +68,13 @@ def test_greedy_equals_generate(family):
 @pytest.mark.bundled
 def test_greedy_equals_generate_on_the_bundled_model(smollm):
     tokenizer = smollm.tokenizer
-    reference = copy.deepcopy(smollm.model)
+    reference = smollm.model
     reference.set_attn_implementation("sdpa")
     texts = ["The capital of France is", "def add(a, b):\n", "Once upon a time there was a small"]
     asked = [tokenizer(t).input_ids for t in texts]
     greedy = Sampling(temperature=0, max_tokens=16)
     ours = drain(
-        TorchEngine(smollm.model, tokenizer, 512, max_batch=2),
+        TorchEngine(copy.deepcopy(smollm.model), tokenizer, 512, max_batch=2),
         [Request(str(i), p, greedy, (i,)) for i, p in enumerate(asked)],
     )
     for i, prompt in enumerate(asked):

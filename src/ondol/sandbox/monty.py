@@ -134,9 +134,9 @@ class MontySession:
         from pydantic_monty import MontySyntaxError
 
         head, tail = _split(code)
-        if tail:
+        if tail and "\n" not in tail.rstrip("\n"):  # our brackets would forgive a wrong indent in further lines
             try:
-                shown = f"{head}pass;_ = ({tail}\n)\n'' if _ is None else f'{{_!r}}'"
+                shown = f"{head}pass;_ = {{0: [({tail}\n)]}}[0][0]\n'' if _ is None else f'{{_!r}}'"
                 return str(await self._live.feed_run(shown, print_callback=sink))
             except MontySyntaxError:  # not an expression; nothing has run yet
                 pass
@@ -240,7 +240,7 @@ def _split(code: str) -> tuple[str, str]:
     """Cut before the last line that may begin a top-level statement: ("a = 1\\n", "f(a,\\n  2)").
 
     A guess only. `pass;` in front of the tail makes every wrong guess a syntax error: inside brackets or after a line
-    continuation it may not stand, and inside a string it leaves our bracket unbalanced.
+    continuation it may not stand, and inside a string it leaves our brackets, three kinds of them, unbalanced.
     """
     if code.rstrip().endswith("\\"):  # would swallow what we append
         return code, ""
