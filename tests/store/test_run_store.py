@@ -322,7 +322,7 @@ def test_same_second_and_name_give_different_folders(tmp_path, monkeypatch):
     for _ in range(3):
         with Run.create(tmp_path, "x", {}) as run:
             names.append(run.name)
-    assert names == ["20250102-030405-x", "20250102-030405-x-2", "20250102-030405-x-3"]
+    assert names == ["20250102-030405-x", "20250102-030405.2-x", "20250102-030405.3-x"]
     assert [s.name for s in Run.list(tmp_path)] == names
     assert Run.find(tmp_path, "last").name == names[-1]
 

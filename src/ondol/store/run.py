@@ -21,7 +21,7 @@ from ondol.store.environment import environment
 from ondol.store.toml import dump_toml
 
 STATES = ("created", "running", "stopped", "finished", "failed")
-_STAMP = re.compile(r"\d{8}-\d{6}-")  # of a run folder's name, before its label
+_STAMP = re.compile(r"\d{8}-\d{6}(?:\.\d+)?-")  # of a run folder's name, before its label
 _LOCKS: weakref.WeakSet[_Lock] = weakref.WeakSet()
 
 
@@ -62,7 +62,7 @@ class Run:
         text = dump_toml(recipe)  # before anything is made: a recipe that cannot be written leaves no folder
         label = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
         try:
-            path = _new_folder(Path(root), f"{time.strftime('%Y%m%d-%H%M%S')}-{label}")
+            path = _new_folder(Path(root), time.strftime("%Y%m%d-%H%M%S"), label)
             lock = _Lock(path)
             (path / "recipe.toml").write_text(text, encoding="utf-8", newline="\n")
             facts = json.dumps(environment(), indent=1) + "\n"
@@ -264,11 +264,12 @@ def _holder(run: Path) -> str | None:
     return None
 
 
-def _new_folder(root: Path, name: str) -> Path:
+def _new_folder(root: Path, stamp: str, label: str) -> Path:
+    """`<stamp>-<label>`; the second of the same second is `<stamp>.2-<label>`."""
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        path = root / (name if number == 1 else f"{name}-{number}")
+        path = root / f"{stamp if number == 1 else f'{stamp}.{number}'}-{label}"
         try:
             path.mkdir()
             return path
