@@ -110,7 +110,7 @@ def assert_same(found: dict, expected: dict) -> None:
 def until_finished(forks: Forks, root: Path) -> None:
     for _ in range(3):
         ended = forks.run("resume", "last", "--runs", str(root))
-        if ended.status == 0:
+        if ended.status == 0 or " is finished" in ended.text:  # killed after the end, while the plot was drawn
             return
     raise AssertionError(ended.text)
 
