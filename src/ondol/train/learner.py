@@ -68,7 +68,7 @@ class Learner:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        tokens_per_microbatch: int = 2048,
+        tokens_per_microbatch: int = 1024,
         share_prompts: bool = True,
         gradient_checkpointing: bool = False,
         stop: Callable[[], None] = lambda: None,
