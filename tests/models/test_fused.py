@@ -37,7 +37,9 @@ def test_the_same_loss_and_gradients(tiny_families) -> None:
         for (name, x), y in zip(plain.named_parameters(), fast.parameters()):
             assert x.grad is not None and y.grad is not None, name
             scale = float(x.grad.abs().max()) + 1e-12
-            torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=2e-6 * scale + 1e-8, msg=lambda m, n=name: f"{family} {n}: {m}")
+            torch.testing.assert_close(
+                y.grad, x.grad, rtol=1e-4, atol=2e-6 * scale + 1e-8, msg=lambda m, n=f"{family} {name}": f"{n}: {m}"
+            )
 
 
 def test_a_copy_of_a_fused_model_is_its_own(tiny_families) -> None:

@@ -93,7 +93,11 @@ def fuse(model: nn.Module) -> dict[str, tuple[int, int]]:
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
-            part, run, fits = "norms", _norm_forward, hasattr(module, "variance_epsilon") and not kind.startswith("Gemma")
+            part, run, fits = (
+                "norms",
+                _norm_forward,
+                hasattr(module, "variance_epsilon") and not kind.startswith("Gemma"),
+            )
         elif kind.endswith("MLP") and hasattr(module, "gate_proj"):
             layers = (getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj"))
             silu_gated = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
