@@ -45,6 +45,10 @@ class RolloutSettings(Part):
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
     share_prefixes: bool = Field(default=True, description="compute common beginnings of prompts once")
+    pack_weights: bool = Field(
+        default=True,
+        description="CPU: sample with a copy of the weights that is quicker to multiply; off is the plain path",
+    )
 
 
 class Example(Part):

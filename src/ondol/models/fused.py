@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from ondol.models.packed import is_packed
+
 
 class _RMSNorm(torch.autograd.Function):
     """weight * x / sqrt(mean(x^2) + eps), statistics in float32 as transformers has them."""
@@ -75,6 +77,8 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    if is_packed(self.gate_proj):
+        return self.down_proj(silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
     return _GatedMLP.apply(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)  # type: ignore[return-value]
 
 
