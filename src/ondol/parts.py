@@ -36,13 +36,25 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "jsonl": "ondol.tasks.jsonl:Jsonl",
         "reasoning-gym": "ondol.tasks.reasoning_gym:ReasoningGym",
         "two-addends": "ondol.tasks.two_addends:TwoAddends",
+        "widgets": "ondol.tasks.widgets:Widgets",
     },
     "verifiers": {
         "exact": "ondol.rewards.exact:Exact",
         "math": "ondol.rewards.math:Math",
         "numeric": "ondol.rewards.numeric:Numeric",
     },
-    "envs": {"tool": "ondol.envs.tool:ToolEnv"},
+    "scorers": {
+        "canonical": "ondol.rewards.scorers:Canonical",
+        "embedding": "ondol.rewards.scorers:Embedding",
+        "exact": "ondol.rewards.scorers:Exact",
+        "model": "ondol.rewards.scorers:PairModel",
+        "ngram": "ondol.rewards.scorers:NGram",
+        "short-answer": "ondol.rewards.scorers:ShortAnswer",
+    },
+    "envs": {
+        "tool": "ondol.envs.tool:ToolEnv",
+        "widgets": "ondol.envs.widgets:WidgetsEnv",
+    },
     "methods": {
         "cispo": "ondol.methods.cispo:CISPO",
         "dapo": "ondol.methods.dapo:DAPO",

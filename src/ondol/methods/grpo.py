@@ -55,9 +55,7 @@ class GRPO(Method):
         loss, r, clipped = clipped_ratio_loss(x.logp, x.old_logp, x.advantage, self.clip_low, self.clip_high)
         return self._with_kl(loss, {"policy/clip_share": clipped, "policy/ratio_max": r.detach()}, x)
 
-    def _with_kl(
-        self, loss: Tensor, reports: dict[str, Tensor], x: TokenInputs
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _with_kl(self, loss: Tensor, reports: dict[str, Tensor], x: TokenInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the KL penalty, for methods that differ from GRPO in the ratio only."""
         if x.reference_logp is not None:
             kl = kl_k3(x.logp, x.reference_logp)

@@ -64,6 +64,13 @@ def leave_one_out(values: Tensor, group: Tensor) -> Tensor:
     return torch.where(count > 1, values - others, 0.0)
 
 
+def batch_advantages(values: Tensor, eps: float) -> Tensor:
+    """(v - mean) / (unbiased std + eps) over the whole batch [N] (REINFORCE++); exactly 0 where all are equal."""
+    import torch
+
+    return group_advantages(values, torch.zeros(len(values), dtype=torch.long, device=values.device), eps)
+
+
 # -- tokens: all [T] -----------------------------------------------------------------------------------------------------
 
 
@@ -79,13 +86,13 @@ def clipped_ratio_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-min(r A, clip(r, 1 - low, 1 + high) A) per token.
 
-    `low` and `high` are numbers, or bounds of each token [T]. Returns (loss, ratio, clipped), `clipped` being 1.0 where
+    `low` and `high` are both numbers, or both bounds of each token [T]. Returns (loss, ratio, clipped), `clipped` being 1.0 where
     the clip bites (the gradient is zero there).
     """
     import torch
 
     r = ratio(logp, old_logp)
-    plain, bounded = r * advantage, torch.clamp(r, 1 - low, 1 + high) * advantage
+    plain, bounded = r * advantage, r.clamp(1 - low, 1 + high) * advantage  # type: ignore[arg-type]
     return -torch.minimum(plain, bounded), r, (bounded < plain).to(logp.dtype)
 
 
@@ -102,6 +109,12 @@ def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
     d = reference_logp - logp
     return torch.expm1(d) - d
+
+
+def kl_k2(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """(logp - reference_logp)^2 / 2: its gradient is that of a KL penalty -(logp - reference_logp) in the token's reward
+    (Schulman's k2)."""
+    return (logp - reference_logp) ** 2 / 2
 
 
 # -- sequences of tokens -------------------------------------------------------------------------------------------------
