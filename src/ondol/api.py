@@ -37,7 +37,7 @@ def run(
     made = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     m = made.model
     root = Path(runs or os.environ.get("ONDOL_RUNS") or "runs")
-    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora)
+    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
     with Run.create(root, made.name, to_table(made)) as opened:
         state = Trainer(made, opened, loaded, reporter=reporter).train()
     if state == "stopped":  # saved; `ondol resume` goes on

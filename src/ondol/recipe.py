@@ -34,6 +34,7 @@ class ModelSettings(Part):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0 ...")
     chat: str | None = Field(default=None, description="chat format, where the tokenizer's template does not tell")
     lora: LoraSettings | None = Field(default=None, description="train adapters instead of all weights")
+    fused: bool = Field(default=True, description="norms and MLPs that need less memory; off is the plain path")
 
 
 class RolloutSettings(Part):
@@ -45,6 +46,10 @@ class RolloutSettings(Part):
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
     share_prefixes: bool = Field(default=True, description="compute common beginnings of prompts once")
+    pack_weights: bool = Field(
+        default=True,
+        description="CPU: sample with a copy of the weights that is quicker to multiply; off is the plain path",
+    )
 
 
 class Example(Part):
@@ -123,7 +128,7 @@ class TrainSettings(Part):
     prompts_per_step: int = Field(default=8, ge=1, description="problems per batch of rollouts")
     samples_per_prompt: int = Field(default=8, ge=1, description="trajectories per problem: the group size")
     tokens_per_microbatch: int = Field(
-        default=2048, ge=1, description="memory of the learner follows this, results do not"
+        default=1024, ge=1, description="memory of the learner follows this, results do not"
     )
     share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
     gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")

@@ -99,7 +99,7 @@ def test_check(capsys) -> None:
     "name", sorted(p.stem for p in (Path(__file__).parents[2] / "src/ondol/recipes").glob("*.toml"))
 )
 def test_the_recipes_that_come_with_it(capsys, name) -> None:
-    if name == "word-problems":
+    if name == "letter-counting":
         pytest.importorskip("reasoning_gym")
     assert document(capsys, "check", name)["ok"]
 

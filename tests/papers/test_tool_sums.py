@@ -111,7 +111,7 @@ def test_demonstrations_that_cannot_be(task: type[Task], said: str) -> None:
 
 
 def test_a_demonstration_longer_than_the_context() -> None:
-    with pytest.raises(OndolError, match="the context of .* is 100"):
+    with pytest.raises(OndolError, match=r"the context of .* is 100"):
         shown("model.path=tiny:context=100", count=1)
 
 

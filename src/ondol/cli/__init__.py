@@ -179,6 +179,20 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--folder", metavar="DIR", help="where runs are kept (default: compare/papers)")
     c.add_argument("--results", metavar="DIR", help="where the result is written (default: results/papers)")
 
+    c = command(
+        "bench",
+        "bench",
+        "how fast a model samples and learns here, beside what the machine can do",
+        "ondol bench arithmetic --batch 32",
+    )
+    run(c, "a run, or a recipe (then its model before any training)")
+    root(c)
+    c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
+    c.add_argument("--prompt", type=int, default=96, help="tokens of a prompt")
+    c.add_argument("--new", type=int, default=32, help="tokens sampled after it")
+    c.add_argument("--batch", type=int, default=64, help="most rows sampled at once")
+    c.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+
     command("doctor", "doctor", "what this machine and installation can do", "ondol doctor")
     return p
 

@@ -68,4 +68,4 @@ def load(recipe: Recipe, path: str, say: Any = None) -> LoadedModel:
 
     m = recipe.model
     lora = m.lora if path == m.path else None
-    return load_model(path, dtype=m.dtype, device=m.device, chat=m.chat, lora=lora, progress=say)
+    return load_model(path, dtype=m.dtype, device=m.device, chat=m.chat, lora=lora, fused=m.fused, progress=say)

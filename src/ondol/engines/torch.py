@@ -24,6 +24,7 @@ from ondol.engines.base import Completion, EngineStats, Request, uniforms
 from ondol.engines.sampling import sample
 from ondol.errors import OndolError
 from ondol.models import forward
+from ondol.models.packed import PackedWeights
 from ondol.records import Finish
 
 _MARGIN = 8  # tokens read beyond a stop string's bytes, for characters that the first of them cut in two
@@ -54,6 +55,7 @@ class TorchEngine:
         max_batch: most sequences in the KV at once; the rest wait.
         prefill_tokens: most new prompt tokens in one forward pass.
         share_prefixes: copy KV of common prefixes; off is the plain path.
+        pack_weights: on a CPU, hold a second copy of the weights that is quicker to multiply; off is the plain path.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TorchEngine:
         max_batch: int = 64,
         prefill_tokens: int = 2048,
         share_prefixes: bool = True,
+        pack_weights: bool = True,
     ) -> None:
         self.model = forward.prepare(model)
         self.tokenizer = tokenizer
@@ -75,6 +78,7 @@ class TorchEngine:
         self._waiting: deque[Request] = deque()
         self._rows: dict[str, _Row] = {}
         self._cache = _Slots(forward.causal_lm(model).config)
+        self._packed = PackedWeights(model) if pack_weights else None
 
     # -- Engine -------------------------------------------------------------------------------------------------
 
@@ -106,6 +110,8 @@ class TorchEngine:
         self.version = version
         self._rows.clear()
         self._cache.free()
+        if self._packed is not None:
+            self._packed.free()
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -118,8 +124,11 @@ class TorchEngine:
         late = [r for r in rows if r.request is not None and now >= r.started + r.request.timeout_s]
         done = [self._finish(r, Finish.TIMEOUT) for r in late]
         rows = [r for r in rows if r.request is not None]
+        self._close_ranks(rows)
         batch, ready = self._compose(rows) if rows else ([], [])
         if batch:
+            if self._packed is not None:
+                self._packed.refresh()
             states = self._forward(batch)
             if ready:
                 done += self._sample(ready, forward.logits(self.model, states))
@@ -154,6 +163,18 @@ class TorchEngine:
             row.started = time.monotonic()
             row.out = Completion(request.session, [], [], [], "", Finish.LENGTH, self.version, cached_tokens=row.cached)
         self._waiting.extend(held)
+
+    def _close_ranks(self, rows: list[_Row]) -> None:
+        """Move sampling rows down into free slots, so that attention runs over a dense view of the first ones."""
+        used = {r.slot for r in self._rows.values()}
+        for row in sorted(rows, key=lambda r: -r.slot):
+            free = next((i for i in range(row.slot) if i not in used), None)
+            if free is None:
+                return
+            if row.cached:
+                self._cache.copy(row.slot, free, row.cached)
+            used = (used - {row.slot}) | {free}
+            row.slot = free
 
     def _compose(self, rows: list[_Row]) -> tuple[list[tuple[_Row, int]], list[_Row]]:
         """What one forward pass computes: (row, new tokens), and the rows that can then be sampled from."""

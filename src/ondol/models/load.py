@@ -15,7 +15,9 @@ from torch import nn
 
 from ondol.errors import OndolError, nearest
 from ondol.models import bundled
+from ondol.models.fused import fuse
 from ondol.models.lora import LoraSettings, apply_lora
+from ondol.models.memory import keep_memory
 
 DTYPES = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 
@@ -63,6 +65,7 @@ def load_model(
     device: str = "auto",
     chat: str | None = None,
     lora: LoraSettings | None = None,
+    fused: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a model for training or sampling.
@@ -74,11 +77,13 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", ...; "auto" is cuda where there is one, else cpu.
         chat: name of the chat format; by default the one that the tokenizer's template shows.
         lora: adapters to put in; the rest is then frozen.
+        fused: compute norms and MLPs with less memory (`ondol.models.fused`); off is the plain path.
         progress: called with one line of text as each slow stage begins.
 
     Raises OndolError, naming file and remedy, for anything missing, damaged or not fitting together.
     """
     say = progress or (lambda line: None)
+    keep_memory()
     place = _device(device)
     number_type = _dtype(dtype, place)
     model: Any
@@ -105,6 +110,8 @@ def load_model(
         ) from e
     if lora is not None:
         apply_lora(model, lora)
+    if fused:
+        fuse(model)
     return LoadedModel(model.eval(), tokenizer, renderer, name, source, _context_length(model, tokenizer))
 
 

@@ -57,7 +57,7 @@ class ReasoningGym(DrawnTask):
         for key in ("seed", "size"):
             if key in self.options:
                 raise ValueError(f"options.{key}: it is set by the task")
-        source(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
+        _items(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
         return self
 
     def draw(self, random: Random) -> Problem:
@@ -112,6 +112,8 @@ def _items(dataset: str, options: str) -> int:
         source(dataset, options)[_FAR]
     except IndexError:
         return _NEAR
+    except Exception as e:  # options that only fail when an item is made, in whatever way
+        raise ValueError(f"options of '{dataset}': no item can be made ({type(e).__name__}: {e})") from e
     return _FAR
 
 

@@ -154,7 +154,7 @@ class _Head(torch.autograd.Function):
             if kept is None or ctx.cap is not None:
                 z = _scaled_logits(rows, weight, ctx.temperature, ctx.cap)
             p = kept if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
-            d = p * -grad[part].unsqueeze(-1)
+            d = p.mul_(-grad[part].unsqueeze(-1))  # in place: nobody else reads what was kept
             d.scatter_add_(-1, target[part].unsqueeze(-1), grad[part].unsqueeze(-1))
             d /= ctx.temperature
             if ctx.cap is not None and z is not None:
@@ -162,7 +162,7 @@ class _Head(torch.autograd.Function):
             d = d.to(rows.dtype)
             d_states[part] = d @ weight
             if d_weight is not None:
-                d_weight += d.T @ rows
+                d_weight.addmm_(d.T, rows)
         return d_states, d_weight, None, None, None, None
 
 

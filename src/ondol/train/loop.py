@@ -336,6 +336,7 @@ class Trainer:
         metrics["engine/prefix_hit_share"] = _hit_share(before, self.engine.stats)
         if not self.rollout_only:
             assert self.learner is not None
+            self.engine.sync(self.version)  # its memory is the learner's now
             metrics |= self.learner.reinforce(groups, r.method, found.kept)
             metrics["groups/resampled"] = float(found.resampled)
             if self.learner.memory:
@@ -509,7 +510,12 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
     """The embedded engine as the recipe sets it."""
     r = recipe.rollout
     return TorchEngine(
-        loaded.model, loaded.tokenizer, loaded.context_length, max_batch=r.max_batch, share_prefixes=r.share_prefixes
+        loaded.model,
+        loaded.tokenizer,
+        loaded.context_length,
+        max_batch=r.max_batch,
+        share_prefixes=r.share_prefixes,
+        pack_weights=r.pack_weights,
     )
 
 

@@ -90,7 +90,7 @@ class Updater:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        tokens_per_microbatch: int = 2048,
+        tokens_per_microbatch: int = 1024,
         share_prompts: bool = True,
         gradient_checkpointing: bool = False,
         critic: CriticLearner | None = None,
