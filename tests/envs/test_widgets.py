@@ -179,5 +179,5 @@ def test_wrong_settings_and_pairs_are_refused() -> None:
     with pytest.raises(OndolError, match="may take"):
         WidgetsEnv(max_turns=task.most_turns - 1).episode(task, task.problem(0), "t", None)
     other = parts.make("tasks", "two-addends")
-    with pytest.raises(OndolError, match="set task.name to widgets"):
+    with pytest.raises(OndolError, match=r"set task\.name to widgets"):
         WidgetsEnv().episode(other, other.problem(0), "t", None)

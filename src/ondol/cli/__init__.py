@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "compare",
         "compare",
         "methods beside each other: same prompts, seeds and budget",
-        "ondol compare grpo dapo dcpo:clip=fixed --recipe tiny-addends --seeds 3",
+        "ondol compare grpo dapo dcpo:dac=false --recipe tiny-addends --seeds 3",
     )
     c.add_argument(
         "arms",

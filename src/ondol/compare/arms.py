@@ -1,7 +1,7 @@
 """An arm: a method with settings, on the recipe that all arms share.
 
 grpo                              a method with its own defaults
-dcpo:clip=fixed,minibatches=2     with settings
+dcpo:dac=false,minibatches=2      with settings
 wide=grpo:clip_high=0.28          with a label
 grpo:optimizer.learning_rate=5e-4 a key of the recipe, where it begins with one of its tables
 my_module:MyMethod:beta=2         one's own, by reference
@@ -53,7 +53,7 @@ def parse_arm(text: str, base: dict[str, Any]) -> Arm:
         label, rest = found[1].strip(), text[found.end() :]
     name, *settings = _SETTINGS.split(rest, maxsplit=1)
     if not name.strip() or name.endswith(":") or (label is not None and not label):
-        raise OndolError(f"arm '{text}': not of the form [LABEL=]METHOD[:KEY=VALUE,...]", "such as dcpo:clip=fixed")
+        raise OndolError(f"arm '{text}': not of the form [LABEL=]METHOD[:KEY=VALUE,...]", "such as dcpo:dac=false")
     table = copy.deepcopy(base)
     table["method"] = method_table(base, name.strip())
     for setting in _NEXT.split(settings[0]) if settings else ():

@@ -35,7 +35,7 @@ _ARMS = tuple(
 def _arms() -> Sequence[Arm]:
     return tool_sums.arms(
         *_ARMS,
-        settings=("task.void_share=0.25", "optimizer.learning_rate=3e-3", "train.steps=60"),
+        settings=("task.void_share=0.25", "optimizer.learning_rate=1e-3"),
     )
 
 

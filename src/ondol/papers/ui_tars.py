@@ -21,18 +21,18 @@ from ondol.recipe import read_table
 from ondol.store import Run
 
 _TOKENS = 200  # of the long episode
-_CRITIC = "critic_learning_rate=1e-3"
-_PRETRAINING = "value_pretraining_steps=20"
 _EXPLAINED = "value/explained_variance"
 
 
 def _arms() -> Sequence[Arm]:
     table = read_table("tiny-widgets")
+    own = table["method"]
+    critic = ",".join(f"{k}={own[k]}" for k in ("critic_learning_rate", "value_pretraining_steps"))
     texts = (
-        f"full=ui-tars-ppo:alpha=0.5,{_CRITIC},{_PRETRAINING}",
-        f"no-pretraining=ui-tars-ppo:alpha=0.5,{_CRITIC},value_pretraining_steps=0",
+        "full=ui-tars-ppo",
+        "no-pretraining=ui-tars-ppo:value_pretraining_steps=0",
         # PPO's own lambda of 0.95 for both, all else as in the full recipe
-        f"one-lambda=ppo:lam=0.95,clip_high=0.28,{_CRITIC},{_PRETRAINING}",
+        f"one-lambda=ppo:lam=0.95,clip_high=0.28,{critic}",
         "grpo=grpo:kl_coef=0,clip_high=0.28",
     )
     return [parse_arm(text, table) for text in texts]
@@ -205,7 +205,7 @@ PAPER = Paper(
     measure=_measure,
     studies={"long-episode": _long_episode, "entropy": _entropy},
     scales={
-        "laptop": "tiny-widgets: made-up interfaces in text, 60 steps of 8 interfaces x 8 episodes, 4 arms",
+        "laptop": "tiny-widgets: made-up interfaces in text, 48 steps of 8 interfaces x 8 episodes, 4 arms",
         "gpu": "MiniWoB pages as small images or as text, SmolLM2-135M, PPO for 10 minutes; one GPU",
         "full": "thousands of virtual machines, a mixture-of-experts model with 23B active parameters, and vision",
     },

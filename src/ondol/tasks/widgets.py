@@ -12,6 +12,7 @@ success before the end.
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from random import Random
@@ -154,7 +155,7 @@ class Widgets(DrawnTask):
             else:
                 states[w] = {"terminal": "$", "field": "()", "switch": random.choice("+-")}[drawn]
         cuts = [0, *sorted(random.sample(range(1, self.widgets), self.tabs - 1)), self.widgets]
-        tabs = [list(ids[a:b]) for a, b in zip(cuts, cuts[1:])]
+        tabs = [list(ids[a:b]) for a, b in itertools.pairwise(cuts)]
         world, goal = World(tabs, states), {**states, **changes}
         data = {
             "tabs": tabs,

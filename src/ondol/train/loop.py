@@ -390,6 +390,7 @@ class Trainer:
         started = time.perf_counter()
         groups = self._prompts(step, "value")
         metrics = self._statistics(groups)
+        self.engine.sync(self.version)  # its memory is the learner's now
         metrics |= self.learner.pretrain_values(groups, r.method)
         self._tell_version()
         metrics["step/seconds"] = time.perf_counter() - started
