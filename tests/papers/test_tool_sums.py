@@ -11,24 +11,17 @@ from ondol.methods.simpletir import has_void_turn
 from ondol.models.load import load_model
 from ondol.papers import tool_sums
 from ondol.papers.base import find
-from ondol.papers.results import Reproduction
+from ondol.papers.results import Reproduction, arms_of
+from ondol.papers.simpletir import exactly
 from ondol.papers.tool_sums import ToolSums, says_nothing, shares
 from ondol.recipe import load_recipe
 from ondol.records import Finish, StopReason, Trajectory, Turn
 from ondol.tasks.base import Task
+from ondol.train.dump import groups_of
+from ondol.train.logprobs import log_probs
+from ondol.train.packing import Sequence_, pack
 from ondol.train.prompts import problems
 from ondol.train.warm_start import demonstrations
-
-SMALL = (
-    "model.path=tiny:hidden=32,layers=1,context=512",
-    "warm_start.problems=64",
-    "warm_start.epochs=1",
-    "task.void_share=0.5",
-    "train.steps=2",
-    "train.prompts_per_step=8",
-    "evaluate.problems=2",
-    "evaluate.samples=2",
-)
 
 
 def recipe_of(*settings: str):
@@ -122,12 +115,28 @@ def test_a_recipe_by_reference_is_whole() -> None:
     assert load_recipe(to_table(recipe)) == recipe
 
 
-def test_void_trajectories_have_no_gradient(tmp_path) -> None:
-    """The study of SimpleTIR, as small as can be."""
-    paper = find("2509.02479").paper
-    assert paper is not None
-    work = Reproduction(paper, 1, tmp_path, SMALL)
-    work.run()
-    seen = work.studied["gradients"][0]
+def test_void_trajectories_have_no_gradient() -> None:
+    """The study of SimpleTIR, on demonstrations as if a model that was never trained had sampled them."""
+    loaded = load_model("tiny:hidden=32,layers=1,context=512", dtype="float64")
+    made = shown("task.void_share=0.4", "warm_start.gold_share=0.5", "warm_start.samples_per_problem=6", count=5)
+    for t in made:
+        (batch,) = pack([Sequence_(t, 0, 1.0, 1.0)], 10_000)
+        logp = iter(log_probs(loaded.model, batch)[0].tolist())
+        t.logp = [next(logp) if trained else 0.0 for trained in t.trained]
+    methods = {arm.label: arm.recipe(0).method for arm in arms_of(paper()) if not arm.label.startswith("smollm2")}
+    seen = exactly(loaded.model, groups_of(made), methods)
     assert seen["void_trajectories"] > 0 and seen["change_kept"] == 0 < seen["change_all"]
-    assert seen["formula_error"] <= 1e-6 and 0 < seen["token_norm_void"] < 2**0.5
+    assert seen["formula_error"] <= 1e-12 and 0 < seen["token_norm_void"] < 2**0.5
+
+
+def paper():
+    found = find("2509.02479").paper
+    assert found is not None
+    return found
+
+
+def test_long_arms_are_run_when_asked_for(tmp_path) -> None:
+    few, all_ = (Reproduction(paper(), 1, tmp_path, long=long).comparison for long in (False, True))
+    assert [a.label for a in few.arms] == ["all", "kept"]
+    assert [a.label for a in all_.arms] == ["all", "kept", "smollm2-all", "smollm2-kept"]
+    assert few.jobs.items() <= all_.jobs.items()

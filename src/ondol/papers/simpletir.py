@@ -63,20 +63,21 @@ def _gradients(comparison: Comparison, seed: int, folder: Path) -> dict[str, flo
     with Run.open(path) as run:
         groups = groups_of(run.db.trajectories(phase="rl", step=1))
     model = load_model(str(start / "model"), dtype="float64").model
+    return exactly(
+        model, groups, {a.label: a.recipe(seed).method for a in comparison.arms if a.label in ("all", "kept")}
+    )
+
+
+def exactly(model: Any, groups: list[Group], methods: dict[str, SimpleTIR]) -> dict[str, float]:
+    """Of groups that the model sampled: "change_<label>" is the greatest change of any parameter's gradient when other
+    tokens stand in the turns of void trajectories; for what the formula has, see `_formula`."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     garbled = [Group(g.problem, [_garbled(t, vocabulary) for t in g.trajectories]) for g in groups]
-    out = {
-        "void_trajectories": float(
-            sum(has_void_turn(t, tool_sums.says_nothing) for g in groups for t in g.trajectories)
-        )
-    }
-    for arm in comparison.arms:
-        if arm.label in ("kept", "all"):
-            method: SimpleTIR = arm.recipe(seed).method
-            change = (_gradient(model, groups, method) - _gradient(model, garbled, method)).abs().max()
-            out[f"change_{arm.label}"] = float(change)
-            if arm.label == "all":
-                out |= _formula(model, groups, method)
+    void = sum(has_void_turn(t, tool_sums.says_nothing) for g in groups for t in g.trajectories)
+    out = {"void_trajectories": float(void), **_formula(model, groups, methods["all"])}
+    for label, method in methods.items():
+        change = _gradient(model, groups, method) - _gradient(model, garbled, method)
+        out[f"change_{label}"] = float(change.abs().max())
     return out
 
 

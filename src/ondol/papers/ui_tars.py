@@ -130,7 +130,7 @@ def _better_than(other: str) -> Callable[[Measured], Outcome]:
             ours, theirs = (dict(enumerate(m.values(label, name))) for label in ("full", other))
             d = paired(ours, theirs)
             interval = "" if d["low"] is None else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
-            noise = "" if d["low"] is None or d["low"] * d["high"] > 0 else ", within noise"
+            noise = "" if d["low"] is None or d["high"] is None or d["low"] * d["high"] > 0 else ", within noise"
             said.append(f"{what}{m.text('full', name)} and {m.text(other, name)}, {d['mean']:+.3f}{interval}{noise}")
         return Outcome(held, "".join(said))
 

@@ -187,15 +187,15 @@ class Widgets(DrawnTask):
         return out + ["\n".join([f"c{w}", *actions, end]) for w in extra]
 
     def demonstration(self, problem: Problem, random: Random, right: bool) -> list[str]:
-        """The scripted solver's actions. A wrong one goes astray at one of them and may do so again."""
+        """The scripted solver's actions. A wrong one goes astray at one of them, rather an early one, and does so again."""
         *actions, end = problem.answer.split("\n")
         if right:
             return [*actions, end]
         for _ in range(100):
-            start = random.randrange(len(actions))
+            start = min(random.randrange(len(actions)) for _ in range(3))
             made = actions[:start]
             for number, action in enumerate(actions[start:]):
-                made += self._slips(action, random) if number == 0 or random.random() < 0.3 else [action]
+                made += self._slips(action, random) if number == 0 or random.random() < 0.5 else [action]
             if self.score(problem, "\n".join([*made, end])) < 1:
                 return [*made, end]
         return [end]

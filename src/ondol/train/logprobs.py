@@ -154,7 +154,7 @@ class _Head(torch.autograd.Function):
             if kept is None or ctx.cap is not None:
                 z = _scaled_logits(rows, weight, ctx.temperature, ctx.cap)
             p = kept if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
-            d = p.mul_(-grad[part].unsqueeze(-1))  # in place: nobody else reads what was kept
+            d = p * -grad[part].unsqueeze(-1)
             d.scatter_add_(-1, target[part].unsqueeze(-1), grad[part].unsqueeze(-1))
             d /= ctx.temperature
             if ctx.cap is not None and z is not None:
