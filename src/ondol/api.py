@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ondol.evaluate import ladder
 from ondol.recipe import Recipe, load_recipe
 from ondol.store import Run
 
-__all__ = ["ladder", "load_recipe", "open_run", "run"]
+if TYPE_CHECKING:
+    from ondol.compare.comparison import Comparison
+
+__all__ = ["comparison", "ladder", "load_recipe", "open_run", "reproduce", "run"]
 
 
 def run(
@@ -43,3 +48,47 @@ def run(
 def open_run(text: str | Path = "last", runs: str | Path | None = None) -> Run:
     """A run by folder, name, unique part of it, or "last"; for reading."""
     return Run.open(Run.find(Path(runs or os.environ.get("ONDOL_RUNS") or "runs"), str(text)))
+
+
+def comparison(
+    arms: Sequence[str],
+    recipe: str | Path | dict[str, Any],
+    *overrides: str,
+    seeds: int = 3,
+    folder: str | Path | None = None,
+) -> Comparison:
+    """Methods on the same work, one after the other; what was done before is found again.
+
+    Args:
+        arms: "[LABEL=]METHOD[:KEY=VALUE,...]", as `ondol compare` has them; the first is what others are compared to.
+        seeds: 0 ... seeds-1 for every arm.
+        folder: where runs are kept (default: compare/<recipe's name>).
+    Returns it done: `.results()` has means, spreads and paired differences, `.curves(label)` the scores by step. Raises
+    OndolError for anything a person can act on, KeyboardInterrupt when stopped (and saved).
+    """
+    from ondol.compare.arms import parse_arms
+    from ondol.compare.comparison import Comparison
+    from ondol.recipe import override, read_table
+
+    table = copy.deepcopy(recipe) if isinstance(recipe, dict) else read_table(recipe)
+    for text in overrides:
+        override(table, text)
+    made = parse_arms(arms, table)
+    out = Comparison(made, range(seeds), Path(folder or Path("compare") / load_recipe(made[0].table).name))
+    out.run()
+    for error in out.failures.values():
+        raise error
+    return out
+
+
+def reproduce(paper: str, *overrides: str, seeds: int = 3, folder: str | Path = "compare/papers") -> dict[str, Any]:
+    """What a paper claims, run at laptop scale: the result as `ondol reproduce` writes it, claims included.
+
+    `paper` is an arXiv number. Raises OndolError for anything a person can act on, KeyboardInterrupt when stopped (saved).
+    """
+    from ondol.papers.base import find
+    from ondol.papers.results import Reproduction, runnable
+
+    work = Reproduction(runnable(find(paper)), seeds, Path(folder), overrides)
+    work.run()
+    return work.result(f"ondol.reproduce({paper!r}, {', '.join([*map(repr, overrides), f'seeds={seeds}'])})")

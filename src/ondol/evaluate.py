@@ -9,8 +9,10 @@ from typing import Any
 
 from ondol.engines.base import Engine, Sampling
 from ondol.envs.base import Env
+from ondol.errors import OndolError
 from ondol.records import Group, Problem, Trajectory
-from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.rollout.driver import Plan, rollout
+from ondol.rollout.statistics import statistics
 from ondol.store import Run
 from ondol.tasks.base import Task
 
@@ -70,6 +72,38 @@ def summarise(groups: list[Group], samples: int) -> Evaluation:
     mean = sum(means) / len(means) if means else math.nan
     spread = math.sqrt(sum((m - mean) ** 2 for m in means) / max(len(means) - 1, 1))
     return Evaluation(mean, spread / math.sqrt(max(len(means), 1)), len(means), samples, groups)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k tries is right, unbiased, when c of n tries were: 1 - C(n-c, k) / C(n, k) (Chen et
+    al. 2021, arXiv 2107.03374). Raises OndolError unless 1 <= k <= n and 0 <= c <= n."""
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise OndolError(f"pass@{k} of {n} tries, {c} of them right, means nothing", "1 <= k <= n and 0 <= c <= n")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def many_samples(result: Evaluation, task: Task) -> dict[str, float]:
+    """What several samples of a problem tell beyond their mean, as metrics; nothing for one sample.
+
+    "eval/pass@K" for K = 1, 2, 4 ... and all samples, mean over problems. "eval/distinct_right": mean number of different
+    kinds of right answers to a problem, where the task has `answer_class(problem, response)`.
+    """
+    if result.samples < 2 or not result.groups:
+        return {}
+    powers = [1 << i for i in range(result.samples.bit_length())]
+    out = {}
+    for k in sorted({*(k for k in powers if k <= result.samples), result.samples}):
+        tried = [g for g in result.groups if len(g.scores) >= k]  # an evaluation that was cut short has smaller groups
+        if tried:
+            right = [pass_at_k(len(g.scores), sum(s >= 1.0 for s in g.scores), k) for g in tried]
+            out[f"eval/pass@{k}"] = sum(right) / len(right)
+    kind = getattr(task, "answer_class", None)
+    if kind is not None:
+        found = [
+            {kind(t.problem, t.response) for t in g.trajectories if t.score >= 1.0} - {None} for g in result.groups
+        ]
+        out["eval/distinct_right"] = sum(map(len, found)) / len(found)
+    return out
 
 
 def greedy(sampling: Sampling) -> Sampling:

@@ -14,9 +14,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ondol.engines.base import Sampling
 from ondol.envs.base import Env
 from ondol.errors import OndolError, nearest
-from ondol.methods.base import Method
+from ondol.methods.base import ActorCritic, Method
+from ondol.methods.documented import refuse
 from ondol.models.lora import LoraSettings
-from ondol.parts import Part, explain, make
+from ondol.parts import Part, explain, make, names
 from ondol.records import Message
 from ondol.tasks.base import Task
 
@@ -178,6 +179,9 @@ class Recipe(Part):
             raise ValueError("this is a name, or a table with a name")
         if info.field_name == "env" and isinstance(value, dict):
             value = {"name": "tool", **value}
+        name = value if isinstance(value, str) else value.get("name")
+        if info.field_name == "method" and isinstance(name, str) and name not in names("methods"):
+            refuse(name)
         part = make(f"{info.field_name}s", value, info.field_name)
         if not isinstance(part, base := {"task": Task, "env": Env, "method": Method}[info.field_name]):
             raise OndolError(
@@ -188,6 +192,8 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
+        if self.train.steps:
+            _check_complete(self.method)
         group, least = self.train.samples_per_prompt, type(self.method).min_samples
         if self.train.steps and group < least:
             raise ValueError(
@@ -206,6 +212,22 @@ class Recipe(Part):
         if self.model.lora is not None and self.model.dtype == "float64":
             raise ValueError("lora with float64 is not supported")
         return self
+
+
+def _check_complete(method: Method) -> None:
+    """A method of a user's own may lack something that would be missed only after the first rollouts."""
+    cls, actor = type(method), isinstance(method, ActorCritic)
+    if not actor and (hasattr(cls, "token_advantages") or hasattr(cls, "lambdas")):
+        raise ValueError(
+            f"method: {cls.__name__} needs a critic (it has token_advantages or lambdas) and says of none: derive it from "
+            "ondol.methods.base.ActorCritic, which has the critic's settings"
+        )
+    own_way = actor and cls.token_advantages is not ActorCritic.token_advantages  # type: ignore[attr-defined]
+    critic_parts = () if own_way else ("lambdas",)
+    base = ActorCritic if actor else Method
+    for part in (*(critic_parts if actor else ("advantages",)), "token_weights", "token_loss"):
+        if getattr(cls, part) is getattr(base, part):
+            raise ValueError(f"method: {cls.__name__} does not define {part}(), which every run with it needs")
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:

@@ -212,11 +212,13 @@ class Batch:
         segments: which tokens see which.
         source: [T] index into N of the token whose hidden state predicts the target.
         target: [T] the target's token id.
-        sequence: [T] which trajectory of the whole update the target belongs to.
+        sequence, group: [T] which trajectory and which group of the whole step the target belongs to.
         sampled, trained: [T] masks, as in `Trajectory`; a token that is neither is no target.
         logp: [T] log-probability recorded at sampling (0 where not sampled).
         version: [T] version of the weights that sampled it (-1 where none).
-        advantage: [T]; weight: [T] share of the target in the loss (0 where not trained).
+        advantage: [T]; reward: [T] of the target's trajectory; weight: [T] share of the target in the loss (0 where not
+            trained).
+        value, returns: [T] a critic's value before the step, and what it should have been (0 without a critic).
         temperature: of the sampling distribution.
         sequence_tokens: tokens if nothing were shared; N / sequence_tokens is what sharing saves.
     """
@@ -227,14 +229,23 @@ class Batch:
     source: Tensor
     target: Tensor
     sequence: Tensor
+    group: Tensor
     sampled: Tensor
     trained: Tensor
     logp: Tensor
     version: Tensor
     advantage: Tensor
+    reward: Tensor
+    value: Tensor
+    returns: Tensor
     weight: Tensor
     temperature: float
     sequence_tokens: int
+
+    def only(self, targets: Tensor) -> Batch:
+        """The same context with some of its targets: mask [T]."""
+        per_target = {f: getattr(self, f)[targets] for f in TARGET_COLUMNS}
+        return dataclasses.replace(self, **per_target)
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on another device."""
@@ -242,3 +253,21 @@ class Batch:
             f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v for f in dataclasses.fields(self)
         }
         return Batch(**moved)
+
+
+#: the columns of a Batch that have one entry per target
+TARGET_COLUMNS = (
+    "source",
+    "target",
+    "sequence",
+    "group",
+    "sampled",
+    "trained",
+    "logp",
+    "version",
+    "advantage",
+    "reward",
+    "value",
+    "returns",
+    "weight",
+)

@@ -42,7 +42,9 @@ def folder(folders, tmp_path):
 def test_families_load_as_they_are(tiny_families, folders, family, capfd):
     model, tokenizer = tiny_families[family]
     loaded = load_model(str(folders[family]), dtype="float32", device="cpu")
-    assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
+    plain = load_model(str(folders[family]), dtype="float32", device="cpu", fused=False)
+    assert torch.equal(plain.model(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(loaded.model(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
     assert (loaded.name, loaded.source, loaded.context_length) == (family, str(folders[family]), 256)
     assert not loaded.model.training and loaded.dtype == torch.float32 and loaded.device.type == "cpu"
     text = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n"

@@ -16,7 +16,8 @@ from ondol.envs.base import Env, StepResult
 from ondol.envs.tool import ToolEnv
 from ondol.models.chat import renderer_for
 from ondol.records import Finish, Message, StopReason, Trajectory
-from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.rollout.driver import Plan, rollout
+from ondol.rollout.statistics import statistics
 from scripted import TOKENIZER, Echo, Probe, ScriptedEngine, encode
 
 RENDERER = renderer_for(TOKENIZER)

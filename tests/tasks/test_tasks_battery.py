@@ -34,6 +34,8 @@ def tables(tmp_path_factory):
             "ranges": {"c": [100, 999]},
         },
         "two-addends": {"name": "two-addends"},
+        "widgets": {"name": "widgets"},
+        "widgets, many": {"name": "widgets", "tabs": 3, "widgets": 9, "goals": [1, 5]},
         "jsonl": {"name": "jsonl", "path": str(path)},
         "reasoning-gym": {"name": "reasoning-gym", "dataset": "chain_sum"},
         "reasoning-gym, options": {
@@ -52,6 +54,8 @@ CASES = [
     "arithmetic",
     "arithmetic, many forms",
     "two-addends",
+    "widgets",
+    "widgets, many",
     "jsonl",
     "reasoning-gym",
     "reasoning-gym, options",

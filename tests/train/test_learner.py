@@ -17,10 +17,11 @@ from ondol.methods.grpo import GRPO
 from ondol.models.tiny import make_tiny
 from ondol.recipe import OptimizerSettings
 from ondol.records import Group, Problem, Trajectory
-from ondol.train.learner import Learner, NotFinite, dump_batch
+from ondol.train.learner import Learner
 from ondol.train.logprobs import _Head
 from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_, pack
+from ondol.train.updates import NotFinite, dump_batch
 
 TEMPERATURE = 0.8
 

@@ -16,6 +16,8 @@ _EPILOG = """examples:
   ondol resume last                           go on where a run stopped
   ondol show last --trajectories 3            what the model wrote, what the tools answered
   ondol chat last                             talk to the trained model, with its tools
+  ondol compare grpo dapo --recipe tiny-addends    methods beside each other
+  ondol papers                                which paper's claim holds at a scale you can afford
 """
 
 
@@ -53,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
     def root(c: argparse.ArgumentParser) -> None:
         c.add_argument("--runs", default=None, metavar="DIR", help="folder of runs (default: $ONDOL_RUNS, else ./runs)")
+
+    def several(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N-1 for every arm (default: 3)")
+        c.add_argument(
+            "--jobs", type=int, default=1, metavar="N", help="runs at once, each with one thread (default: 1)"
+        )
 
     c = command(
         "check", "check", "check a recipe whole, without loading a model", "ondol check arithmetic --set train.steps=3"
@@ -128,6 +136,48 @@ def parser() -> argparse.ArgumentParser:
     )
     c.add_argument("-o", "--output", required=True, metavar="PATH", help="file (folder for 'model') to write")
     root(c)
+
+    c = command(
+        "compare",
+        "compare",
+        "methods beside each other: same prompts, seeds and budget",
+        "ondol compare grpo dapo dcpo:dac=false --recipe tiny-addends --seeds 3",
+    )
+    c.add_argument(
+        "arms",
+        nargs="+",
+        metavar="ARM",
+        help="[LABEL=]METHOD[:KEY=VALUE,...], the first is what the others are compared to; a KEY is a setting of the "
+        "method, or of the recipe where it begins with one of its tables (optimizer.learning_rate=5e-4)",
+    )
+    c.add_argument("--recipe", required=True, help="a TOML file, or the name of a recipe that comes with Ondol")
+    c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting for all arms")
+    several(c)
+    c.add_argument("--folder", metavar="DIR", help="where runs and results are kept (default: compare/RECIPE)")
+
+    command("methods", "methods", "the table of methods: what each is, and whether it runs", "ondol methods")
+
+    c = command("papers", "papers", "papers, their claims, and what was seen of them", "ondol papers 2509.02333")
+    c.add_argument("paper", nargs="?", help="an arXiv number: one paper in full")
+    c.add_argument("--results", metavar="DIR", help="where to look for results (default: yours, then those that ship)")
+
+    c = command(
+        "reproduce",
+        "reproduce",
+        "run what a paper claims, and say what held",
+        "ondol reproduce 2509.02333 --scale laptop --seeds 3",
+    )
+    c.add_argument("paper", help="an arXiv number, see: ondol papers")
+    c.add_argument(
+        "--scale", default="laptop", help="laptop (default), gpu or full; the last two say what they would run"
+    )
+    several(c)
+    c.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of all arms (a trial)"
+    )
+    c.add_argument("--long", action="store_true", help="also the arms that take hours, where a paper has any")
+    c.add_argument("--folder", metavar="DIR", help="where runs are kept (default: compare/papers)")
+    c.add_argument("--results", metavar="DIR", help="where the result is written (default: results/papers)")
 
     c = command(
         "bench",

@@ -13,7 +13,7 @@ from ondol.cli._common import find_model, load, print_json
 from ondol.engines.base import Engine, Sampling
 from ondol.envs.base import Env
 from ondol.errors import OndolError
-from ondol.evaluate import Evaluation, evaluate, held_out, summarise, ways
+from ondol.evaluate import Evaluation, evaluate, held_out, many_samples, summarise, ways
 from ondol.recipe import Recipe
 from ondol.records import Group, StopReason, Trajectory
 from ondol.view.console import Progress, number, table
@@ -50,7 +50,9 @@ def run(args: Namespace) -> int:
         remedy = "check the URL and the model's name" if args.endpoint else None
         raise OndolError(f"every episode failed; the first: {failed[0].info.get('error', 'unknown')}", remedy)
     if args.json:
-        print_json({"model": name, "complete": complete, "results": {w: _plain(r) for w, r in results.items()}})
+        print_json(
+            {"model": name, "complete": complete, "results": {w: _plain(r, recipe.task) for w, r in results.items()}}
+        )
         return 0 if complete else 130
     if results:
         console.print()
@@ -91,7 +93,7 @@ def _measure(
 ) -> bool:
     """Fill `results`, one way after the other. False when stopped by Ctrl-C: the last one is then partial."""
     from ondol.train.interrupt import Interrupt, Interrupted
-    from ondol.train.loop import PHASES
+    from ondol.train.prompts import PHASES
 
     weights = {name: float(len(problems) * count) for name, _, _, count in modes}
     with Interrupt() as interrupt, Progress(weights=weights, console=console) as progress:
@@ -142,12 +144,13 @@ def _row(way: str, r: Evaluation) -> list[Any]:
     return [way.replace("_", " "), number(r.score, "share"), number(r.error, "share"), r.problems, r.samples, stops]
 
 
-def _plain(r: Evaluation) -> dict[str, Any]:
+def _plain(r: Evaluation, task: Any) -> dict[str, Any]:
     return {
         "score": r.score,
         "standard_error": r.error,
         "problems": r.problems,
         "samples": r.samples,
+        **{name.removeprefix("eval/"): value for name, value in many_samples(r, task).items()},
         "stop": _stops(r),
         "calls_per_trajectory": r.statistics["tools/calls_per_trajectory"],
     }

@@ -29,6 +29,7 @@ _TITLES = {
     "warm_start": "warm start: own traces",
     "sft": "warm start: imitating them",
     "warm": "evaluating after the warm start",
+    "value": "training the critic alone",
     "rl": "reinforcement learning",
     "after": "evaluating after training",
 }

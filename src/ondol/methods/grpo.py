@@ -11,53 +11,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ondol.methods.base import Method, TokenInputs
+from ondol.methods.base import Method, Scored, TokenInputs
+from ondol.methods.primitives import clipped_ratio_loss, group_advantages, kl_k3, sequence_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def group_advantages(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
-    """A_i = (R_i - mean) / (std + eps) over the members of i's group; std unbiased.
-
-    rewards [N], group [N] integers -> [N]. Exactly 0 in a group of one and where all rewards are equal.
-    """
-    import torch
-
-    _, index = torch.unique(group, return_inverse=True)
-    count = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=rewards.dtype, device=rewards.device)
-    count = count.index_add(0, index, torch.ones_like(rewards))
-    mean = torch.zeros_like(count).index_add(0, index, rewards) / count
-    high = torch.full_like(count, -torch.inf).scatter_reduce(0, index, rewards, "amax")
-    low = torch.full_like(count, torch.inf).scatter_reduce(0, index, rewards, "amin")
-    centred = torch.where((high == low)[index], 0.0, rewards - mean[index])  # no rounding residue in equal groups
-    variance = torch.zeros_like(count).index_add(0, index, centred**2) / (count - 1).clamp(min=1)
-    scale = variance[index].sqrt() + eps
-    return torch.where(scale > 0, centred / scale, 0.0)
-
-
-def clipped_ratio_loss(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) per token, r = exp(logp - old_logp).
-
-    All [T]. Returns (loss, ratio, clipped), `clipped` being 1.0 where the clip bites (the gradient is zero there).
-    log r is held within +-20, as verl does: e^89 overflows float32, and 0 * infinity would make the gradient NaN.
-    """
-    import torch
-
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))
-    plain = ratio * advantage
-    bounded = ratio.clamp(1 - low, 1 + high) * advantage
-    return -torch.minimum(plain, bounded), ratio, (bounded < plain).to(logp.dtype)
-
-
-def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = reference_logp - logp, per token [T]: unbiased for KL(policy || reference), never negative."""
-    import torch
-
-    d = reference_logp - logp
-    return torch.expm1(d) - d
 
 
 class GRPO(Method):
@@ -87,17 +45,20 @@ class GRPO(Method):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
-    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        return group_advantages(rewards, group, self.eps)
+    def advantages(self, x: Scored) -> Tensor:
+        return group_advantages(x.rewards, x.group, self.eps)
 
     def token_weights(self, lengths: Tensor) -> Tensor:
-        return 1 / (len(lengths) * lengths.clamp(min=1))
+        return sequence_mean(lengths)
 
     def token_loss(self, x: TokenInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, ratio, clipped = clipped_ratio_loss(x.logp, x.old_logp, x.advantage, self.clip_low, self.clip_high)
-        reports = {"policy/clip_share": clipped, "policy/ratio_max": ratio.detach()}
+        loss, r, clipped = clipped_ratio_loss(x.logp, x.old_logp, x.advantage, self.clip_low, self.clip_high)
+        return self._with_kl(loss, {"policy/clip_share": clipped, "policy/ratio_max": r.detach()}, x)
+
+    def _with_kl(self, loss: Tensor, reports: dict[str, Tensor], x: TokenInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the KL penalty, for methods that differ from GRPO in the ratio only."""
         if x.reference_logp is not None:
             kl = kl_k3(x.logp, x.reference_logp)
             loss = loss + self.kl_coef * kl
-            reports["policy/kl_k3"] = kl.detach()
+            reports = {**reports, "policy/kl_k3": kl.detach()}
         return loss, reports

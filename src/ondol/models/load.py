@@ -275,7 +275,7 @@ def _load_tokenizer(source: str, config: Any) -> Any:
     try:
         with quiet():
             literal = PreTrainedTokenizerFast.from_pretrained(source)
-        same = literal.encode(_PROBE) == tokenizer.encode(_PROBE)
+            same = literal.encode(_PROBE) == tokenizer.encode(_PROBE)  # quiet: it may be longer than a small context
     except Exception:  # no tokenizer.json: there is nothing to disagree with
         return tokenizer
     return tokenizer if same else literal

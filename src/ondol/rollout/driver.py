@@ -296,27 +296,3 @@ def _why_over(truncated: bool, action: Message) -> StopReason:
     if action.calls:
         return StopReason.ENV_DONE
     return StopReason.ANSWERED if action.content.strip() else StopReason.EMPTY
-
-
-def statistics(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics of a batch of rollouts: score, reward, stop reasons, tools, lengths."""
-    all_ = [t for g in groups for t in g.trajectories]
-    if not all_:
-        return {}
-    n = len(all_)
-    rewards = [t.reward for t in all_]
-    mean = sum(rewards) / n
-    results = [r for t in all_ for turn in t.turns for r in turn.results]
-    out = {
-        "score/mean": sum(t.score for t in all_) / n,
-        "reward/mean": mean,
-        "reward/std": (sum((r - mean) ** 2 for r in rewards) / n) ** 0.5,
-        "rollout/turns": sum(len(t.turns) for t in all_) / n,
-        "rollout/sampled_tokens": float(sum(t.sampled_tokens for t in all_)),
-        "rollout/response_tokens": sum(t.sampled_tokens for t in all_) / n,
-        "tools/calls_per_trajectory": len(results) / n,
-        "tools/error_share": sum(not r.ok for r in results) / max(len(results), 1),
-    }
-    for reason in StopReason:
-        out[f"stop/{reason}"] = sum(t.stop_reason is reason for t in all_) / n
-    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
 from typing import Literal
@@ -49,8 +50,11 @@ class Task(Part):
         """Responses that must score below 1; at least one."""
         raise NotImplementedError
 
-    def demonstration(self, problem: Problem, random: Random, right: bool) -> str:
-        """A response to imitate, right or wrong, drawn from `random` alone. Tasks with many answers should draw one."""
+    def demonstration(self, problem: Problem, random: Random, right: bool) -> str | Sequence[str]:
+        """A response to imitate, right or wrong, drawn from `random` alone. Tasks with many answers should draw one.
+
+        A list of texts are the turns of an episode: calls of tools are carried out, and the last turn answers.
+        """
         return self.gold(problem) if right else random.choice([m for m in self.near_misses(problem) if m])
 
     def check(self, count: int = 20) -> None:

@@ -57,7 +57,8 @@ class ReasoningGym(DrawnTask):
         for key in ("seed", "size"):
             if key in self.options:
                 raise ValueError(f"options.{key}: it is set by the task")
-        _items(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
+        source(self.dataset, self._options)  # so that a wrong name or option is found before a run starts
+        _items(self.dataset, self._options)
         return self
 
     def draw(self, random: Random) -> Problem:

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
 from ondol.models.save import weights
 from ondol.store import Run, latest_checkpoint, save_checkpoint
-from ondol.train.optimizer import Optimizer
+from ondol.train.learner import Learner
 
 
 @dataclass(frozen=True)
 class Position:
-    """The weights are those after `step` steps of `stage`; `version` counts all updates so far."""
+    """The weights are those after `step` steps of `stage`; `version` counts all updates so far; `memory` is the method's."""
 
     stage: str
     step: int
     version: int
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
-def save(run: Run, position: Position, loaded: LoadedModel, optimizer: Optimizer, keep: int) -> None:
+def save(run: Run, position: Position, loaded: LoadedModel, learner: Learner, keep: int) -> None:
     """Write a checkpoint; the newest `keep` stay. Raises OndolError (disk full, say) with the older ones untouched."""
 
     def write(folder: Path) -> None:
         save_tensors(weights(loaded.model), folder / "model.safetensors")
-        save_tensors(optimizer.state(), folder / "optimizer.safetensors")
+        save_tensors(learner.optimizer.state(), folder / "optimizer.safetensors")
+        if learner.critic is not None:
+            save_tensors(learner.critic.critic.trainable(), folder / "critic.safetensors")
+            save_tensors(learner.critic.optimizer.state(), folder / "critic-optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(position)))
 
     save_checkpoint(run.checkpoints, f"{position.stage}-{position.step:06d}", write, keep=keep)
@@ -40,10 +45,19 @@ def latest(run: Run, warn: Callable[[str], None]) -> tuple[Path, Position] | tup
     return (path, Position(**json.loads((path / "state.json").read_text()))) if path is not None else (None, None)
 
 
-def load_optimizer(path: Path, optimizer: Optimizer) -> None:
+def load_learner(path: Path, learner: Learner) -> None:
+    """Optimiser, and critic, as `save` left them. Raises OndolError where the checkpoint has no critic for a learner with
+    one."""
     from safetensors.torch import load_file
 
-    optimizer.load_state(load_file(path / "optimizer.safetensors"))
+    learner.optimizer.load_state(load_file(path / "optimizer.safetensors"))
+    if learner.critic is not None:
+        if not (path / "critic.safetensors").exists():
+            raise OndolError(
+                f"checkpoint {path.name} holds no critic", "resume with the method that the run began with"
+            )
+        learner.critic.critic.load(load_file(path / "critic.safetensors"))
+        learner.critic.optimizer.load_state(load_file(path / "critic-optimizer.safetensors"))
 
 
 def forget(run: Run, stages: Sequence[tuple[str, int, bool]], done: tuple[int, int]) -> None:

@@ -17,17 +17,29 @@ from ondol.records import Batch, Segment
 HEAD_BUDGET = 1 << 27
 
 
+def target_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states [T, width] from which the targets of `batch` are predicted."""
+    attend = SegmentAttention(batch.segments, batch.ids.device)
+    return forward.hidden(model, batch.ids, batch.positions, attend)[batch.source]
+
+
 def log_probs(model: nn.Module, batch: Batch, *, head_budget: int = HEAD_BUDGET) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the targets of `batch` at its temperature.
 
     Only positions that predict a target meet the output layer. Returns (logp [T], differentiable; entropy [T],
     not differentiable), float32 or wider.
     """
-    states = forward.hidden(model, batch.ids, batch.positions, SegmentAttention(batch.segments, batch.ids.device))
+    return log_probs_of(model, target_states(model, batch), batch, head_budget=head_budget)
+
+
+def log_probs_of(
+    model: nn.Module, states: Tensor, batch: Batch, *, head_budget: int = HEAD_BUDGET
+) -> tuple[Tensor, Tensor]:
+    """The same from the targets' hidden states [T, width]."""
     if getattr(forward.causal_lm(model).get_output_embeddings(), "bias", None) is not None:
         raise OndolError("an output layer with a bias is not supported", "use a Llama, Qwen or Gemma model")
     return _Head.apply(  # type: ignore[return-value]
-        states[batch.source], forward.head(model), batch.target, batch.temperature, forward.softcap(model), head_budget
+        states, forward.head(model), batch.target, batch.temperature, forward.softcap(model), head_budget
     )
 
 
@@ -142,7 +154,7 @@ class _Head(torch.autograd.Function):
             if kept is None or ctx.cap is not None:
                 z = _scaled_logits(rows, weight, ctx.temperature, ctx.cap)
             p = kept if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
-            d = p.mul_(-grad[part].unsqueeze(-1))  # in place: nobody else reads what was kept
+            d = p * -grad[part].unsqueeze(-1)
             d.scatter_add_(-1, target[part].unsqueeze(-1), grad[part].unsqueeze(-1))
             d /= ctx.temperature
             if ctx.cap is not None and z is not None:

@@ -15,29 +15,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ondol.engines.base import Sampling
 from ondol.engines.torch import TorchEngine
 from ondol.errors import OndolError
-from ondol.evaluate import evaluate, held_out, ways
+from ondol.evaluate import evaluate, held_out, many_samples, ways
+from ondol.methods.base import ActorCritic
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
 from ondol.records import Group, Message, Problem, Trajectory
-from ondol.rollout.driver import Plan, rollout, statistics
+from ondol.rollout.driver import Plan, rollout
+from ondol.rollout.statistics import statistics
 from ondol.store import Run
 from ondol.train import checkpoint
 from ondol.train.checkpoint import Position
+from ondol.train.critic import CriticLearner
 from ondol.train.dump import groups_of, read_trajectories
+from ondol.train.filters import Filtered, filtered, is_hopeless
 from ondol.train.interrupt import Interrupt, Interrupted
-from ondol.train.learner import Learner, NotFinite, dump_batch
+from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
+from ondol.train.prompts import PHASES, order, problems
 from ondol.train.report import Reporter
-from ondol.train.warm_start import accepted, check_prompts, check_tokens, demonstrations, replant, updates
-
-#: first number after the run's seed in every random stream, so that no two uses share one
-PHASES = {"rl": 0, "warm_start": 1, "sft": 2, "evaluate": 3, "order": 4}
+from ondol.train.updates import NotFinite
+from ondol.train.warm_start import accepted, check_prompts, check_tokens, traces, updates
 
 
 @dataclass
@@ -114,7 +115,10 @@ class Trainer:
             return "stopped"
         except NotFinite as e:
             self.run.state = "failed"
-            raise self._not_finite(e) from e
+            stage, step = self.at
+            raise e.placed(
+                f"step {step} of '{stage}' in {self.run.name}", self.run.path / f"bad-batch-{stage}-{step:06d}"
+            ) from e
         except KeyboardInterrupt:  # the second signal: at once, without saving
             self.run.state = "stopped"
             raise
@@ -123,19 +127,6 @@ class Trainer:
             raise
         self.run.state = "finished"
         return "finished"
-
-    def _not_finite(self, e: NotFinite) -> OndolError:
-        """Name the step, and put the batch aside for whoever wants to look."""
-        stage, step = self.at
-        where = f"{e.what} at step {step} of '{stage}' in {self.run.name}"
-        if e.batch is None:
-            return OndolError(where, e.remedy)
-        path = self.run.path / f"bad-batch-{stage}-{step:06d}.safetensors"
-        try:
-            dump_batch(e.batch, path)
-        except Exception as failure:  # the disk, say: what matters is told all the same
-            return OndolError(f"{where} (its batch could not be written: {failure})", e.remedy)
-        return OndolError(f"{where}; the batch is in {path}", e.remedy)
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -154,6 +145,8 @@ class Trainer:
             out.append(Stage("sft", 0, self._imitate, trains=True, work=w.epochs * traces / 2))
             if checks and r.train.steps:
                 out.append(Stage("warm", 1, lambda i: self._check("warm", i), work=per_check))
+        if pretraining := self._value_steps():
+            out.append(Stage("value", pretraining, self._pretrain_values, trains=True, work=pretraining * group / 4))
         if r.train.steps:
             rl = Stage(
                 "rl", r.train.steps, self._reinforce, trains=not self.rollout_only, work=r.train.steps * group / 3
@@ -162,6 +155,12 @@ class Trainer:
             if checks and not self.rollout_only:
                 out.append(Stage("after", 1, lambda i: self._check("after", i), work=per_check))
         return out
+
+    def _value_steps(self) -> int:
+        r = self.recipe
+        if not isinstance(r.method, ActorCritic) or not r.train.steps or self.dump or self.rollout_only:
+            return 0
+        return r.method.value_pretraining_steps
 
     def _run_stage(self, index: int, stage: Stage) -> None:
         if stage.name == "sft":
@@ -196,12 +195,16 @@ class Trainer:
         settings = r.optimizer
         if stage.name == "sft" and r.warm_start is not None:
             settings = settings.model_copy(update={"learning_rate": r.warm_start.learning_rate})
+        critic = self.learner.critic if self.learner is not None else None
+        if isinstance(r.method, ActorCritic) and stage.name in ("value", "rl") and critic is None:
+            critic = CriticLearner(self.loaded.model, r.method.critic, r.optimizer, r.method.critic_learning_rate)
         self.learner = Learner(
             self.loaded.model,
             Optimizer(self.loaded.model, settings),
             tokens_per_microbatch=r.train.tokens_per_microbatch,
             share_prompts=r.train.share_prompts,
             gradient_checkpointing=r.train.gradient_checkpointing,
+            critic=critic,
             stop=self._stop_learning,
         )
         self._tell_version()
@@ -244,6 +247,8 @@ class Trainer:
             )
             metrics[f"eval/score_{mode}"] = result.score
             metrics[f"eval/error_{mode}"] = result.error
+            if mode == "sampled":
+                metrics |= many_samples(result, r.task)
             recorded.append((mode, result.trajectories))
             if mode == "greedy":
                 self.reporter.trajectory(f"{rung}, greedy", result.trajectories[0])
@@ -257,10 +262,9 @@ class Trainer:
         """Sample with examples in the prompt; record everything, keep what the verifier accepts."""
         r, w = self.recipe, self.recipe.warm_start
         assert w is not None
-        problems = self._problems(w.problems, 0, "warm_start")
         started = time.perf_counter()
         groups = self._rollout(
-            problems,
+            problems(r, w.problems, 0, "warm_start"),
             w.samples_per_problem,
             r.sampling.model_copy(update={"temperature": w.temperature}),
             "warm_start",
@@ -289,28 +293,9 @@ class Trainer:
 
     def _traces(self) -> list[Trajectory]:
         """What the warm start imitates, on the plain prompt."""
-        w = self.recipe.warm_start
-        assert w is not None
-        if self._kept is not None:
-            return self._kept
-        if w.from_task:
-            problems = self._problems(w.problems, 0, "warm_start")
-            self._kept = demonstrations(self.recipe, self.loaded, problems)
-            right = sum(t.score >= 1.0 for t in self._kept)
-            self.reporter.note(f"{len(self._kept)} answers of the task itself to imitate, {right} of them right")
-            return self._kept
-        if w.trajectories is not None:
-            own = read_trajectories(w.trajectories)
-            check_tokens(self.loaded, own, w.trajectories)
-        else:
-            own = list(self.run.db.trajectories(phase="warm_start"))
-        kept = accepted(own, w.keep_per_problem)
-        if not kept:
-            raise OndolError(
-                f"warm_start.trajectories: none of {len(own)} trajectories was accepted by a verifier (score 1)",
-                "record better ones, or leave the key out to sample with warm_start.examples",
-            )
-        self._kept = [replant(self.recipe, self.loaded, t) for t in kept]
+        if self._kept is None:
+            sampled = self.run.db.trajectories(phase="warm_start")
+            self._kept = traces(self.recipe, self.loaded, sampled, self.reporter.note)
         return self._kept
 
     def _imitate(self, step: int) -> None:
@@ -320,9 +305,9 @@ class Trainer:
         traces = self._traces()
         per_epoch = -(-len(traces) // w.traces_per_update)
         epoch, at = divmod(step - 1, per_epoch)
-        order = self._order(len(traces), "sft", epoch)
+        shuffled = order(self.recipe, len(traces), "sft", epoch)
         # in order again, so that traces of one problem lie side by side and share its prompt
-        chosen = sorted(order[at * w.traces_per_update : (at + 1) * w.traces_per_update])
+        chosen = sorted(shuffled[at * w.traces_per_update : (at + 1) * w.traces_per_update])
         metrics = self.learner.imitate([traces[i] for i in chosen])
         self._updated()
         if step == 1:
@@ -341,18 +326,27 @@ class Trainer:
             if not groups:
                 raise OndolError(f"the dump holds no trajectories of step {step}", f"set train.steps={step - 1}")
         else:
-            problems = self._problems(r.train.prompts_per_step, (step - 1) * r.train.prompts_per_step, "rl")
-            groups = self._rollout(problems, r.train.samples_per_prompt, r.sampling, "rl", step)
+            groups = self._prompts(step, "rl")
+        found = Filtered([], groups) if self.rollout_only else self._filtered(groups, step)
+        groups = found.sampled
         sampled_in = time.perf_counter() - started
-        metrics = statistics(groups)
+        metrics = r.method.reports(groups) | self._statistics(groups)
         metrics["rollout/seconds"] = sampled_in
         metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in
         metrics["engine/prefix_hit_share"] = _hit_share(before, self.engine.stats)
         if not self.rollout_only:
             assert self.learner is not None
             self.engine.sync(self.version)  # its memory is the learner's now
-            metrics |= self.learner.reinforce(groups, r.method)
-            self._updated()
+            metrics |= self.learner.reinforce(groups, r.method, found.kept)
+            metrics["groups/resampled"] = float(found.resampled)
+            if self.learner.memory:
+                self.run.db.set_meta("method/memory", True)
+            if found.kept:
+                self._updated()
+            if metrics["updates/skipped"]:
+                left_out = int(metrics["updates/skipped"])
+                self.reporter.warn(f"step {step}: no response counted in {left_out} of its updates; they were left out")
+                self.run.db.event("skipped_updates", step=step, updates=left_out)
             gap = metrics.get("mismatch/max_abs", 0.0)
             limit = r.train.mismatch_warning if str(self.loaded.dtype) in ("torch.float32", "torch.float64") else 0.5
             if gap > limit:
@@ -365,8 +359,48 @@ class Trainer:
         with self.run.db.step():
             self.run.db.add_metrics("rl", step, metrics)
             self.run.db.add_trajectories("rl", step, [t for g in groups for t in g.trajectories])
+        if not found.kept and not self.rollout_only:
+            self._nothing_left(step, found)
         self.reporter.trajectory(f"step {step}", groups[0].trajectories[0])
         self.reporter.advance(1.0, metrics)
+
+    def _filtered(self, groups: list[Group], step: int) -> Filtered:
+        """What the method's filters leave, and more prompts where it asks for them."""
+        method, wanted = self.recipe.method, self.recipe.train.prompts_per_step
+
+        def more(again: int) -> list[Group]:
+            batch = (step - 1) * method.max_resamples + again
+            return self._prompts(batch, "resample", step, first=again * wanted)
+
+        return filtered(method, groups, wanted, more if self.dump is None else None)
+
+    def _nothing_left(self, step: int, found: Filtered) -> None:
+        """An empty step is said; it is an error where it cannot be hoped to pass."""
+        said = found.nothing_left()
+        self.run.db.event("empty_step", step=step, groups=len(found.sampled))
+        kept = [m.value for m in self.run.db.metrics("groups/kept", "rl")]
+        if is_hopeless(self.recipe.method, kept, self.recipe.train.steps, self.dump is None):
+            raise OndolError(f"step {step}: {said.what}", said.remedy)
+        self.reporter.warn(f"step {step}: {said.what}; nothing was updated")
+
+    def _pretrain_values(self, step: int) -> None:
+        """One batch of rollouts of the unchanged policy, for the critic alone."""
+        r = self.recipe
+        assert self.learner is not None
+        started = time.perf_counter()
+        groups = self._prompts(step, "value")
+        metrics = self._statistics(groups)
+        self.engine.sync(self.version)  # its memory is the learner's now
+        metrics |= self.learner.pretrain_values(groups, r.method)
+        self._tell_version()
+        metrics["step/seconds"] = time.perf_counter() - started
+        with self.run.db.step():
+            self.run.db.add_metrics("value", step, metrics)
+            self.run.db.add_trajectories("value", step, [t for g in groups for t in g.trajectories])
+        self.reporter.advance(1.0, metrics)
+
+    def _statistics(self, groups: list[Group]) -> dict[str, float]:
+        return statistics(groups, getattr(self.recipe.task, "answer_class", None))
 
     def _check_between(self, step: int) -> None:
         """The evaluation due after this step, unless it is recorded already."""
@@ -381,6 +415,14 @@ class Trainer:
 
     # -- shared -------------------------------------------------------------------------------------------------
 
+    def _prompts(self, batch: int, phase: str, step: int | None = None, first: int = 0) -> list[Group]:
+        """Rollouts of the phase's batch of prompts number `batch` >= 1, recorded under `step`."""
+        r, count = self.recipe, self.recipe.train.prompts_per_step
+        asked = problems(r, count, (batch - 1) * count, phase)
+        return self._rollout(
+            asked, r.train.samples_per_prompt, r.sampling, phase, batch if step is None else step, first=first
+        )
+
     def _rollout(
         self,
         problems: list[Problem],
@@ -389,9 +431,10 @@ class Trainer:
         phase: str,
         step: int,
         examples: Sequence[Message] = (),
+        first: int = 0,
     ) -> list[Group]:
         r = self.recipe
-        part = 0.5 / (len(problems) * samples)
+        part = 0.0 if phase == "resample" else 0.5 / (len(problems) * samples)
         return rollout(
             self.engine,
             self.loaded.renderer,
@@ -403,6 +446,7 @@ class Trainer:
                 sampling,
                 seed=(r.seed, PHASES[phase]),
                 step=step,
+                first=first,
                 examples=examples,
                 timeout_s=r.rollout.timeout_s,
                 overlap_tools=r.rollout.overlap_tools,
@@ -421,30 +465,13 @@ class Trainer:
         """The learner compares its log-probs with those of samples of its own version; a dump's are never its own."""
         assert self.learner is not None
         self.learner.version = -2 if self.dump is not None else self.version
-        self._updates = self.learner.optimizer.updates
+        self._updates = self.learner.updates
 
     def _stop_learning(self) -> None:
         """Between micro-batches: a step whose first update is made is finished, half of one could not be resumed."""
         assert self.learner is not None
-        if self.learner.optimizer.updates == self._updates:
+        if self.learner.updates == self._updates:
             self.interrupt.check()
-
-    def _order(self, count: int, phase: str, epoch: int) -> list[int]:
-        seed = np.random.SeedSequence((self.recipe.seed, PHASES["order"], PHASES[phase], epoch))
-        return np.random.Generator(np.random.Philox(seed)).permutation(count).tolist()
-
-    def _problems(self, count: int, first: int, phase: str) -> list[Problem]:
-        """Training problems `first ... first + count`: a finite task is gone through in a new order each epoch."""
-        task = self.recipe.task
-        size = task.size("train")
-        if size is None:  # endless: warm start and RL draw from far apart
-            offset = {"rl": 0, "warm_start": 1 << 24}[phase]
-            return [task.problem(offset + first + i, "train") for i in range(count)]
-        out = []
-        for i in range(first, first + count):
-            epoch, at = divmod(i, size)
-            out.append(task.problem(self._order(size, phase, epoch)[at], "train"))
-        return out
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -453,8 +480,8 @@ class Trainer:
         if self.learner is None or self.done[0] < 0 or self.saved == self.done:
             return
         index, step = self.done
-        position = Position(self.stages[index].name, step, self.version)
-        checkpoint.save(self.run, position, self.loaded, self.learner.optimizer, self.recipe.train.keep_checkpoints)
+        position = Position(self.stages[index].name, step, self.version, self.learner.memory)
+        checkpoint.save(self.run, position, self.loaded, self.learner, self.recipe.train.keep_checkpoints)
         self.saved = self.done
 
     def _restore(self) -> None:
@@ -466,7 +493,13 @@ class Trainer:
             self.version, self.done = position.version, (index, position.step)
             self._begin(self.stages[index], fresh=False)
             assert self.learner is not None
-            checkpoint.load_optimizer(path, self.learner.optimizer)
+            checkpoint.load_learner(path, self.learner)
+            self.learner.memory = position.memory
+            if position.stage == "rl" and not position.memory and self.run.db.meta("method/memory", False):
+                self.reporter.warn(
+                    f"checkpoint {path.name} lacks the memory that the method had gathered: it begins anew, and the run "
+                    "will not be as if it had never stopped"
+                )
             self._tell_version()
             self.engine.sync(self.version)
             self.saved = self.done

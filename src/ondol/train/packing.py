@@ -4,50 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-from ondol.records import Batch, Segment, Trajectory
+from ondol.records import TARGET_COLUMNS, Batch, Segment, Trajectory
 
 
 @dataclass
 class Sequence_:
-    """One trajectory to train on. `index` names it in the whole update; `weight` is that of each of its tokens."""
+    """One trajectory to train on, L of its tokens trained.
+
+    Attributes:
+        index: names it in the whole step.
+        advantage: a number, or one per trained token [L].
+        weight: of each trained token in the loss.
+        group: names its group in the whole step.
+        reward: as the method shaped it.
+        value, returns: [L] for critics; None without one.
+    """
 
     trajectory: Trajectory
     index: int
-    advantage: float
+    advantage: float | Sequence[float]
     weight: float
+    group: int = 0
+    reward: float = 0.0
+    value: Sequence[float] | None = None
+    returns: Sequence[float] | None = None
 
 
-def pack(sequences: Sequence[Sequence_], tokens_per_microbatch: int, *, share_prompts: bool = True) -> list[Batch]:
+def pack(
+    sequences: Sequence[Sequence_],
+    tokens_per_microbatch: int,
+    *,
+    share_prompts: bool = True,
+    whole_groups: bool = False,
+) -> list[Batch]:
     """Pack in the given order. With `share_prompts`, neighbours with the same prompt share it, and all prompts of a
     micro-batch share their common beginning (a system message, say).
 
     A micro-batch holds at most `tokens_per_microbatch` tokens (a single longer sequence gets one of its own), so
-    memory follows that number and not the number of prompts or samples. A trajectory is never split.
+    memory follows that number and not the number of prompts or samples. A trajectory is never split; with
+    `whole_groups` neighbours of one group are not parted either, and a group beyond the budget gets a batch of its own.
     """
     batches: list[Batch] = []
     chosen: list[list[Sequence_]] = []  # families of one prompt
     used = 0
-    for s in sequences:
-        t = s.trajectory
-        tail = len(t.ids) - t.prompt_length
-        family = chosen[-1] if chosen and share_prompts else None
-        joins = family is not None and _prompt(family[0].trajectory) == _prompt(t)
-        cost = tail + (0 if joins else t.prompt_length)
+    units = [list(g) for _, g in groupby(sequences, lambda s: s.group)] if whole_groups else [[s] for s in sequences]
+    for unit in units:
+        last = chosen[-1][0].trajectory if chosen and share_prompts else None
+        cost = _cost(unit, last, share_prompts)
         if chosen and used + cost > tokens_per_microbatch:
             batches.append(_batch(chosen, share_prompts))
-            chosen, used, joins = [], 0, False
-            cost = len(t.ids)
-        if joins:
-            chosen[-1].append(s)
-        else:
-            chosen.append([s])
+            chosen, used = [], 0
+            cost = _cost(unit, None, share_prompts)
+        for s in unit:
+            if chosen and share_prompts and _prompt(chosen[-1][0].trajectory) == _prompt(s.trajectory):
+                chosen[-1].append(s)
+            else:
+                chosen.append([s])
         used += cost
     if chosen:
         batches.append(_batch(chosen, share_prompts))
     return batches
+
+
+def _cost(unit: list[Sequence_], last: Trajectory | None, share: bool) -> int:
+    """Tokens that the unit adds after a trajectory `last`."""
+    cost = 0
+    for s in unit:
+        t = s.trajectory
+        joins = share and last is not None and _prompt(last) == _prompt(t)
+        cost += len(t.ids) - (t.prompt_length if joins else 0)
+        last = t
+    return cost
 
 
 def _prompt(t: Trajectory) -> list[int]:
@@ -65,7 +96,7 @@ def _batch(families: list[list[Sequence_]], share: bool) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    rows: list[tuple[int, int, int, bool, bool, float, int, float, float]] = []
+    rows: list[tuple[int | float, ...]] = []
     sequence_tokens = 0
     base, begun = None, 0
     if share and len(families) > 1 and (begun := _common_beginning([_prompt(f[0].trajectory) for f in families])):
@@ -91,54 +122,43 @@ def _batch(families: list[list[Sequence_]], share: bool) -> Batch:
             if segment.end == segment.start:
                 continue
             segments.append(segment)
+            count = 0  # trained tokens so far
             for at in range(start, len(t.ids)):
                 if not (t.sampled[at] or t.trained[at]) or at == 0:
                     continue
                 source = root.end - 1 if at == start and root is not None else segment.start + at - start - 1
-                weight = s.weight if t.trained[at] else 0.0
+                own = (source, t.ids[at], s.index, s.group, t.sampled[at], t.trained[at], t.logp[at], t.version[at])
+                k = count if t.trained[at] else None
                 rows.append(
                     (
-                        source,
-                        t.ids[at],
-                        s.index,
-                        t.sampled[at],
-                        t.trained[at],
-                        t.logp[at],
-                        t.version[at],
-                        s.advantage,
-                        weight,
+                        *own,
+                        s.advantage if isinstance(s.advantage, (int, float)) else _at(s.advantage, k),
+                        s.reward,
+                        _at(s.value, k),
+                        _at(s.returns, k),
+                        s.weight if t.trained[at] else 0.0,
                     )
                 )
+                count += t.trained[at]
             ids += t.ids[start:]
             positions += range(start, len(t.ids))
-    columns = list(zip(*rows)) if rows else [()] * 9
-    kinds = (
-        torch.long,
-        torch.long,
-        torch.long,
-        torch.bool,
-        torch.bool,
-        torch.float64,
-        torch.long,
-        torch.float64,
-        torch.float64,
-    )
-    source, target, sequence, sampled, trained, logp, version, advantage, weight = (
-        torch.tensor(c, dtype=k) for c, k in zip(columns, kinds)
-    )
+    kinds = {"sampled": torch.bool, "trained": torch.bool}
+    kinds |= dict.fromkeys(("source", "target", "sequence", "group", "version"), torch.long)
+    columns = zip(*rows) if rows else ([] for _ in TARGET_COLUMNS)
+    per_target = {
+        name: torch.tensor(column, dtype=kinds.get(name, torch.float64))
+        for name, column in zip(TARGET_COLUMNS, columns, strict=True)
+    }
     return Batch(
         ids=torch.tensor(ids, dtype=torch.long),
         positions=torch.tensor(positions, dtype=torch.long),
         segments=segments,
-        source=source,
-        target=target,
-        sequence=sequence,
-        sampled=sampled,
-        trained=trained,
-        logp=logp,
-        version=version,
-        advantage=advantage,
-        weight=weight,
         temperature=families[0][0].trajectory.temperature or 1.0,
         sequence_tokens=sequence_tokens,
+        **per_target,
     )
+
+
+def _at(values: Sequence[float] | None, k: int | None) -> float:
+    """Entry `k` of values per trained token; 0 for a token that is not trained, or without values."""
+    return 0.0 if values is None or k is None else float(values[k])

@@ -57,7 +57,7 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"gflops": 2 * n**3 / product / 1e9, "gb_per_s": 2 * source.numel() * 4 / copy / 1e9}
 
 
-def sampling(loaded: LoadedModel, batch: int, prompt: int, new: int, *, same_prompt: bool = True) -> dict[str, float]:
+def sampling(loaded: LoadedModel, batch: int, prompt: int, new: int, *, same_prompt: bool = True) -> dict[str, Any]:
     """Sample `new` tokens in each of `batch` rows after `prompt` tokens; seconds, tokens per second of decoding alone."""
     r = random.Random(0)
     most = len(loaded.tokenizer) - 1

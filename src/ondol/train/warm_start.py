@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
@@ -12,6 +12,10 @@ from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
 from ondol.recipe import Recipe, WarmStart
 from ondol.records import Finish, Message, Problem, StopReason, Trajectory, Turn
+from ondol.rollout.driver import Plan, rollout
+from ondol.rollout.scripted import ScriptEngine
+from ondol.train.dump import read_trajectories
+from ondol.train.prompts import problems
 
 
 def plain_prompt(recipe: Recipe, loaded: LoadedModel, problem: Problem) -> tuple[list[Message], list[int]]:
@@ -62,40 +66,107 @@ def replant(recipe: Recipe, loaded: LoadedModel, t: Trajectory) -> Trajectory:
 
 
 def demonstrations(recipe: Recipe, loaded: LoadedModel, problems: Sequence[Problem]) -> list[Trajectory]:
-    """Answers that the task itself gives, as single turns on the plain prompt: `samples_per_problem` to each problem.
+    """What the task itself shows, on the plain prompt: `samples_per_problem` to each problem.
 
     This is demonstration data of the task, not the model's own, and the only way up for a model that never answers (one
     from scratch). A share `gold_share` of it is right, the rest wrong in the task's own ways, so that it shows the
-    form of an answer and leaves the right one for reinforcement to find. No token counts as sampled.
+    form of an answer and leaves the right one for reinforcement to find. A text is an answer, a single turn; a list of
+    texts are turns that are played in the recipe's environment. No token counts as sampled.
     """
     w = _settings(recipe)
-    out = []
+    answers: list[Trajectory] = []
+    scripts: dict[tuple[int, int], list[str]] = {}
     for number, problem in enumerate(problems):
         messages, ids = plain_prompt(recipe, loaded, problem)
         for sample in range(w.samples_per_problem):
             random = Random(f"{recipe.seed}/demonstration/{number}/{sample}")
-            text = recipe.task.demonstration(problem, random, right=random.random() < w.gold_share)
-            answer = [*loaded.renderer.codec.text(text), loaded.renderer.end_id]
-            n, m = len(ids), len(answer)
-            out.append(
-                Trajectory(
-                    key=(0, number, sample),
-                    problem=problem,
-                    ids=ids + answer,
-                    prompt_length=n,
-                    sampled=[False] * (n + m),
-                    trained=[False] * n + [True] * m,
-                    logp=[0.0] * (n + m),
-                    version=[-1] * (n + m),
-                    turns=[Turn(n, n + m, text, Finish.END)],
-                    messages=[*messages, Message("assistant", text)],
-                    stop_reason=StopReason.ANSWERED,
-                    score=(score := recipe.task.score(problem, text)),
-                    reward=score,
-                    info={"demonstration": True},
-                )
+            made = recipe.task.demonstration(problem, random, right=random.random() < w.gold_share)
+            if isinstance(made, str):
+                answers.append(_answer(recipe, loaded, problem, (0, number, sample), messages, ids, made))
+            else:
+                scripts[number, sample] = list(made)
+    if not scripts:
+        return answers
+    if answers:
+        raise OndolError("the task demonstrates now an answer, now a list of turns", "give one or the other")
+    return _played(recipe, loaded, problems, scripts)
+
+
+def _answer(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    problem: Problem,
+    key: tuple[int, int, int],
+    messages: list[Message],
+    ids: list[int],
+    text: str,
+) -> Trajectory:
+    answer = [*loaded.renderer.codec.text(text), loaded.renderer.end_id]
+    n, m = len(ids), len(answer)
+    score = recipe.task.score(problem, text)
+    return Trajectory(
+        key=key,
+        problem=problem,
+        ids=ids + answer,
+        prompt_length=n,
+        sampled=[False] * (n + m),
+        trained=[False] * n + [True] * m,
+        logp=[0.0] * (n + m),
+        version=[-1] * (n + m),
+        turns=[Turn(n, n + m, text, Finish.END)],
+        messages=[*messages, Message("assistant", text)],
+        stop_reason=StopReason.ANSWERED,
+        score=score,
+        reward=score,
+        info={"demonstration": True},
+    )
+
+
+def _played(
+    recipe: Recipe, loaded: LoadedModel, problems: Sequence[Problem], scripts: dict[tuple[int, int], list[str]]
+) -> list[Trajectory]:
+    """The scripts' episodes. Raises OndolError for one that the environment does not end, or the context does not hold."""
+    plan = Plan(recipe.task, recipe.env, problems, _settings(recipe).samples_per_problem, recipe.sampling, seed=())
+    out = [t for g in rollout(ScriptEngine(loaded.renderer, scripts), loaded.renderer, plan) for t in g.trajectories]
+    for t in out:
+        if t.stop_reason in (StopReason.ERROR, StopReason.TIMEOUT):
+            raise OndolError(
+                f"a demonstration of {t.problem.question!r:.80} failed: {t.info.get('error', t.stop_reason)}",
+                "its turns are those of the task's `demonstration`",
             )
+        if len(t.ids) > loaded.context_length:
+            raise OndolError(
+                f"a demonstration has {len(t.ids)} tokens; the context of {loaded.name} is {loaded.context_length}",
+                "take a model with a longer context, or fewer turns",
+            )
+        t.trained, t.sampled = t.sampled, [False] * len(t.ids)
+        t.version = [-1] * len(t.ids)
+        t.info["demonstration"] = True
     return out
+
+
+def traces(
+    recipe: Recipe, loaded: LoadedModel, sampled: Iterable[Trajectory], note: Callable[[str], None]
+) -> list[Trajectory]:
+    """What the warm start imitates, on the plain prompt: the task's own answers, recorded trajectories, or the accepted
+    ones of `sampled`. Raises OndolError where the verifier accepted none of them."""
+    w = _settings(recipe)
+    if w.from_task:
+        made = demonstrations(recipe, loaded, problems(recipe, w.problems, 0, "warm_start"))
+        note(f"{len(made)} answers of the task itself to imitate, {sum(t.score >= 1.0 for t in made)} of them right")
+        return made
+    if w.trajectories is not None:
+        own = read_trajectories(w.trajectories)
+        check_tokens(loaded, own, w.trajectories)
+    else:
+        own = list(sampled)
+    kept = accepted(own, w.keep_per_problem)
+    if not kept:
+        raise OndolError(
+            f"warm_start.trajectories: none of {len(own)} trajectories was accepted by a verifier (score 1)",
+            "record better ones, or leave the key out to sample with warm_start.examples",
+        )
+    return [replant(recipe, loaded, t) for t in kept]
 
 
 def check_tokens(loaded: LoadedModel, trajectories: Sequence[Trajectory], source: str) -> None:

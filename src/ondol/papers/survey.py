@@ -1,0 +1,86 @@
+"""The survey of agentic RL (arXiv 2509.02547): its algorithm table as runs. Every implemented row trains the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ondol.compare.arms import Arm
+from ondol.papers.base import Claim, Measured, Outcome, Paper
+from ondol.papers.pilot import arms, measure
+
+#: rows that follow the policy gradient of a reward, with what a task of few tokens needs
+GRADIENT = (
+    "grpo",
+    "reinforce:baseline=group",
+    "rloo",
+    "reinforce++",
+    "ppo:critic_learning_rate=1e-3",  # the policy's; the default is for pretrained models
+    "vapo:alpha=1,critic_learning_rate=2e-3,value_pretraining_steps=10",  # answers of 5 tokens, a model from scratch
+    "dr-grpo:max_length=8",  # the most an answer has
+    "dapo:max_response=8,overlong_cache=2",
+    "gspo",
+    "gmpo",
+    "cispo",
+    "pass-at-k",
+    "dcpo",
+    "pacs",
+    "darling",
+)
+#: rows that learn from pairs; theirs are the best and the worst answer of a group
+PREFERENCE = ("dpo", "ipo", "simpo", "kto", "orpo")
+
+
+def _label(text: str) -> str:
+    return text.partition(":")[0]
+
+
+def _arms() -> Sequence[Arm]:
+    return arms(*(f"{_label(t)}={t}" for t in (*GRADIENT, *PREFERENCE)))
+
+
+def _gradient(m: Measured) -> Outcome:
+    name = "score_sampled"
+    gains = {_label(t): m.mean(_label(t), name) - m.mean(_label(t), f"start/{name}") for t in GRADIENT}
+    short = {label: gain for label, gain in gains.items() if not gain >= 0.3}
+    said = f"{len(gains) - len(short)} of {len(gains)} rows gain at least 0.3"
+    if short:
+        said += "; not: " + ", ".join(f"{label} {gain:+.2f}" for label, gain in short.items())
+    else:
+        least = min(gains, key=lambda label: gains[label])
+        said += f"; the least: {least} {gains[least]:+.2f}"
+    return Outcome(not short, said)
+
+
+def _preference(m: Measured) -> Outcome:
+    name = "preference_accuracy_last_quarter"
+    means = {label: m.mean(label, name) for label in PREFERENCE}
+    said = ", ".join(f"{label} {m.text(label, name)}" for label in means)
+    return Outcome(all(v >= 0.9 for v in means.values()), said)
+
+
+PAPER = Paper(
+    id="2509.02547",
+    claims=(
+        Claim(
+            text="table run: every implemented policy-gradient row trains the same small model",
+            paper="no experiments of its own; the table of 40 algorithms",
+            how="pass@1 on held-out numbers, 32 samples each, against that of the warm start",
+            must="every row at least 0.3 more than at the start",
+            judge=_gradient,
+        ),
+        Claim(
+            text="table run: every preference row learns to tell right from wrong",
+            paper="no experiments of its own",
+            how="share of pairs in which the chosen answer has the greater margin, last quarter of the steps",
+            must="every row at least 0.9",
+            judge=_preference,
+        ),
+    ),
+    arms=_arms,
+    measure=measure,
+    scales={
+        "laptop": f"tiny-addends, 150 steps, {len(GRADIENT)} policy-gradient and {len(PREFERENCE)} preference rows",
+        "gpu": "SmolLM2-135M-Instruct on reasoning-gym and miniwob, 5 algorithms x 2 environments; one GPU",
+        "full": "runs of verl's size on the benchmarks that the survey lists",
+    },
+)

@@ -1,0 +1,183 @@
+"""The widgets' world: the solver reaches every goal from anywhere, rubbish never raises, the same problem is the same world."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ondol import parts
+from ondol.envs.widgets import SYSTEM, WidgetsEnv
+from ondol.errors import OndolError
+from ondol.models.chat import renderer_for
+from ondol.models.tiny import character_tokenizer
+from ondol.records import Message
+from ondol.tasks.widgets import COMMANDS, END, WORDS, Widgets, goal_of, kind, world_of
+
+TASKS = (Widgets(), Widgets(tabs=1, widgets=1, goals=(1, 1)), Widgets(tabs=4, widgets=12, goals=(1, 6), seed=3))
+tasks = st.sampled_from(TASKS)
+actions = st.one_of(
+    st.text(max_size=12),
+    st.builds("c{}".format, st.one_of(st.integers(0, 12), st.sampled_from("abcdz"))),
+    st.builds("t{}:{}".format, st.integers(0, 12), st.sampled_from(WORDS)),
+    st.builds("r:{}".format, st.sampled_from(COMMANDS)),
+)
+
+
+def play(env, task, problem, texts, most=None):
+    """Results of the turns, up to the end."""
+
+    async def run():
+        episode = env.episode(task, problem, "t", None)
+        first, out = await episode.reset(), []
+        for i, text in enumerate(texts):
+            out.append(await episode.step(Message("assistant", text), i + 1 == (most or env.max_turns)))
+            if out[-1].terminated or out[-1].truncated:
+                break
+        await episode.close()
+        return first, out
+
+    return asyncio.run(run())
+
+
+@given(tasks, st.integers(0, 500), st.lists(actions, max_size=8))
+def test_the_solver_reaches_the_goal_from_anywhere(task, index, before) -> None:
+    problem = task.problem(index)
+    world, goal = world_of(problem), goal_of(problem)
+    for action in before:
+        world.act(action)
+    for action in world.solve(goal)[:-1]:
+        assert world.act(action) is None
+    assert world.misses(goal) == []
+
+
+@given(tasks, st.integers(0, 500))
+def test_the_gold_answer_is_played_out_and_fits(task, index) -> None:
+    problem = task.problem(index)
+    texts = problem.answer.split("\n")
+    assert len(texts) <= task.most_turns
+    first, results = play(WidgetsEnv(max_turns=task.most_turns), task, problem, texts)
+    assert [m.role for m in first] == ["system", "user"] and first[0].content == SYSTEM
+    assert [r.reward for r in results] == [0.0] * (len(texts) - 1) + [1.0] and results[-1].score == 1
+    assert all(r.results[0].ok for r in results[:-1])
+    said, screen = problem.question.split("\n")
+    world = world_of(problem)
+    assert screen == world.screen() and world.misses(goal_of(problem))
+    changed = [f"{w}{s}" for w, s in goal_of(problem).items() if world.states[w] != s]
+    assert said.split() == changed, "the goal names what is to change, and nothing else"
+
+
+@given(tasks, st.integers(0, 50), st.lists(actions, max_size=11))
+def test_rubbish_is_answered_and_changes_nothing(task, index, texts) -> None:
+    problem = task.problem(index)
+    before = copy.deepcopy(problem)
+    env = WidgetsEnv(system="")
+    _, results = play(env, task, problem, texts)
+    for text, result in zip(texts, results):
+        assert result.reward == 0 or text.strip() == END
+        if not result.terminated and not result.truncated:
+            assert len(result.messages) == 1 and len(result.messages[0].content) < 60
+            assert result.messages[0].content.startswith("? ") == (not result.results[0].ok)
+    assert problem == before
+    _, again = play(env, task, problem, texts)
+    assert [r.messages for r in again] == [r.messages for r in results]
+
+
+@given(st.integers(0, 500), st.lists(actions, max_size=8))
+def test_the_text_of_actions_scores_as_the_episode_does(index, texts) -> None:
+    task = TASKS[0]
+    problem = task.problem(index)
+    texts = [t for t in texts if "\n" not in t and t.strip() != END]
+    _, results = play(WidgetsEnv(), task, problem, [*texts, END])
+    assert results[-1].score == task.score(problem, "\n".join([*texts, END]))
+
+
+def test_wrong_actions_are_named() -> None:
+    task = Widgets(tabs=2, widgets=6)
+    problem = next(
+        p
+        for p in map(task.problem, range(999))
+        if {kind(w.states[i]) for w in [world_of(p)] for i in w.tabs[0]} == {"switch", "field"}
+    )
+    world = world_of(problem)
+    here, away = world.tabs[0], world.tabs[1][0]
+    switch = next(w for w in here if kind(world.states[w]) == "switch")
+    field = next(w for w in here if kind(world.states[w]) == "field")
+    states = dict(world.states)
+    for action, said in {
+        "": "unknown action",
+        "click 3": "unknown action",
+        f"c{away}": f"no {away} here",
+        f"t{switch}:ok": f"{switch} is a switch",
+        f"c{field}": f"{field} is a field",
+        "cz": "no tab z",
+        "r:ls": "no terminal here",
+        f"t{field}:(": "unknown action",
+    }.items():
+        assert world.act(action) == said
+    assert world.states == states and world.opened == 0
+    assert world.act("cb") is None and world.act("r:halt") in ("no such command", "no terminal here")
+
+
+def test_an_episode_without_an_end_has_failed() -> None:
+    task = TASKS[0]
+    problem = task.problem(0)
+    texts = problem.answer.split("\n")[:-1]
+    _, results = play(WidgetsEnv(), task, problem, texts + ["cb"] * 12)
+    assert len(results) == 12 and results[-1].truncated and not results[-1].terminated
+    assert all(r.score == r.reward == 0 for r in results) and results[-1].messages == []
+
+
+def test_an_action_after_the_end_is_the_callers_mistake() -> None:
+    episode = WidgetsEnv().episode(TASKS[0], TASKS[0].problem(0), "t", None)
+    asyncio.run(episode.step(Message("assistant", END), False))
+    with pytest.raises(RuntimeError, match="is over"):
+        asyncio.run(episode.step(Message("assistant", END), False))
+
+
+@settings(max_examples=60)
+@given(tasks, st.integers(0, 300), st.integers(0, 99))
+def test_demonstrations_are_what_they_are_said_to_be(task, index, seed) -> None:
+    problem = task.problem(index)
+    for right in (True, False):
+        shown = task.demonstration(problem, Random(seed), right)
+        assert shown[-1] == END and shown.count(END) == 1 and len(shown) <= task.most_turns
+        assert task.score(problem, "\n".join(shown)) == float(right)
+        assert shown == task.demonstration(problem, Random(seed), right)
+
+
+def test_the_same_question_is_the_same_world() -> None:
+    seen = {}
+    task = Widgets(tabs=2, widgets=3, goals=(1, 1))
+    for i in range(400):
+        p = task.problem(i)
+        assert seen.setdefault(p.question.split("\n")[0], p) == p
+    assert 10 < len(seen) < 200
+
+
+def test_prompts_are_short() -> None:
+    """Characters are tokens: an episode of a tiny model fits 512, at the longest."""
+    task, renderer = Widgets(), renderer_for(character_tokenizer())
+    for i in range(50):
+        problem = task.problem(i)
+        ids = renderer.prompt([Message("user", problem.question)])
+        turns = problem.answer.split("\n")
+        _, results = play(WidgetsEnv(system=""), task, problem, turns)
+        seen = [renderer.observation(r.messages, ended=True) for r in results[:-1]]
+        assert len(ids) + sum(len(t) + 1 for t in turns) + sum(map(len, seen)) < 400
+
+
+def test_wrong_settings_and_pairs_are_refused() -> None:
+    for table in ({"tabs": 7}, {"goals": [3, 2]}, {"goals": [0, 2]}, {"goals": [1, 7]}):
+        with pytest.raises(OndolError):
+            parts.make("tasks", {"name": "widgets", **table})
+    task = Widgets()
+    with pytest.raises(OndolError, match="may take"):
+        WidgetsEnv(max_turns=task.most_turns - 1).episode(task, task.problem(0), "t", None)
+    other = parts.make("tasks", "two-addends")
+    with pytest.raises(OndolError, match=r"set task\.name to widgets"):
+        WidgetsEnv().episode(other, other.problem(0), "t", None)
