@@ -24,7 +24,7 @@ from typing import Any
 #: Where a child can be told to die: name -> (module, path of the function). The n-th call is the last thing it does.
 PLACES = {
     "sampling": ("ondol.engines.torch", "TorchEngine.step"),
-    "loss": ("ondol.train.learner", "log_probs"),
+    "loss": ("ondol.train.updates", "log_probs_of"),
     "update": ("ondol.train.optimizer", "Optimizer.step"),
     "tensors": ("ondol.train.checkpoint", "save_tensors"),
     "seal": ("ondol.store.checkpoint", "_seal"),
