@@ -58,75 +58,53 @@ def main() -> None:
     from ondol.models.bundled import bundled_path
 
     model = str(bundled_path())
-    rate = side(sys.executable, "machine.py", threads=args.threads, limit_s=100)
-    print(f"machine: {rate}", flush=True)
-    peer, ours, continuous = {}, {}, []
+
+    def one(python: str, script: str, *words: str) -> dict[str, Any]:
+        return side(python, script, *words, threads=args.threads, limit_s=args.limit)
+
+    def machine() -> dict[str, Any]:
+        return side(sys.executable, "machine.py", threads=args.threads, limit_s=100)
+
+    rates = [machine()]
+    print(f"machine: {rates[0]}", flush=True)
+    peer: dict[str, list] = {}
+    ours: dict[str, list] = {}
+    continuous: list[dict] = []
     for n in range(args.rounds):
         for work in args.works.split(","):
+            common = (work, "--model", model)
             with tempfile.TemporaryDirectory() as folder:
                 shared = f"{folder}/peer.json"
                 if work == "D":
-                    theirs = side(
-                        args.peer_python,
-                        "side_transformers.py",
-                        "D",
-                        "--model",
-                        model,
-                        threads=args.threads,
-                        limit_s=args.limit,
-                    )
-                    other = side(
-                        args.peer_python,
-                        "side_transformers.py",
-                        "D",
-                        "--model",
-                        model,
-                        "--how",
-                        "continuous",
-                        threads=args.threads,
-                        limit_s=args.limit,
-                    )
-                    continuous.append(other)
-                    print(f"round {n + 1} {work} {other}", flush=True)
-                    words = []
+                    theirs, words = one(args.peer_python, "side_transformers.py", *common), []
+                    continuous.append(one(args.peer_python, "side_transformers.py", *common, "--how", "continuous"))
+                    print(f"round {n + 1} {work} {continuous[-1]}", flush=True)
                 else:
-                    theirs = side(
-                        args.peer_python,
-                        "side_trl.py",
-                        work,
-                        "--model",
-                        model,
-                        "--out",
-                        shared,
-                        threads=args.threads,
-                        limit_s=args.limit,
-                    )
+                    theirs = one(args.peer_python, "side_trl.py", *common, "--out", shared)
                     words = ["--peer", shared] if "failed" not in theirs else []
-                mine = side(
-                    sys.executable,
-                    "side_ondol.py",
-                    work,
-                    "--model",
-                    model,
-                    *words,
-                    threads=args.threads,
-                    limit_s=args.limit,
-                )
+                mine = one(sys.executable, "side_ondol.py", *common, *words)
             print(f"round {n + 1} {work} {theirs}\n          {mine}", flush=True)
             peer.setdefault(work, []).append(theirs)
             ours.setdefault(work, []).append(mine)
-    rate_after = side(sys.executable, "machine.py", threads=args.threads, limit_s=100)
-    rows = table(ours, peer, continuous, max(rate.get("mm_gflops", 0), rate_after.get("mm_gflops", 0)))
+        rates.append(machine())
+        print(
+            write(rates, ours, peer, continuous, args.threads), flush=True
+        )  # each round: nothing is lost when stopped
+
+
+def write(rates: list[dict], ours: dict, peer: dict, continuous: list, threads: int) -> str:
+    """Write the results so far; the table as text. The floor takes the best rate that the machine showed."""
+    rows = table(ours, peer, continuous, max(r.get("mm_gflops", 0) for r in rates))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     for row in rows:
         row["commit"] = commit
-    name = f"{cpu()}-{args.threads}-threads".lower().replace(" ", "-").replace("(r)", "").replace("@", "")
+    name = f"{cpu()}-{threads}-threads".lower().replace(" ", "-").replace("(r)", "").replace("@", "")
     out = HERE / "results" / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1) + "\n")
     raw = {
         "command": "python bench/" + " ".join(["run.py", *sys.argv[1:]]),
-        "machine": [rate, rate_after],
+        "machine": rates,
         "ours": ours,
         "peer": peer,
         "continuous": continuous,
@@ -134,7 +112,7 @@ def main() -> None:
     out.with_suffix(".raw.json").write_text(json.dumps(raw, indent=1) + "\n")
     text = page(rows, raw)
     out.with_suffix(".md").write_text(text)
-    print(text)
+    return text
 
 
 def table(ours: dict, peer: dict, continuous: list, gflops: float) -> list[dict[str, Any]]:
@@ -179,7 +157,7 @@ def table(ours: dict, peer: dict, continuous: list, gflops: float) -> list[dict[
 def page(rows: list[dict[str, Any]], raw: dict[str, Any]) -> str:
     lines = [
         f"`{raw['command']}` on {cpu()}; matrix products at {raw['machine'][0].get('mm_gflops', 0):.0f} GFLOP/s before and "
-        f"{raw['machine'][1].get('mm_gflops', 0):.0f} after; medians of {max((r.get('rounds', 0) for r in rows), default=0)} rounds.",
+        f"{raw['machine'][-1].get('mm_gflops', 0):.0f} after; medians of {max((r.get('rounds', 0) for r in rows), default=0)} rounds.",
         "",
         "| work | peer | ours | peer | ratio | target | floor |",
         "|---|---|---|---|---|---|---|",
