@@ -31,12 +31,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         unit = x.float() * scale
         d = grads[0].float()
+        slopes = d * unit
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = torch.einsum("nd,nd->d", d.reshape(-1, d.shape[-1]), unit.reshape(-1, d.shape[-1]))
-            d_weight = d_weight.to(weight.dtype)
-        d = d * weight.float()
-        along = (d * unit).mean(dim=-1, keepdim=True)
+            d_weight = slopes.reshape(-1, d.shape[-1]).sum(dim=0).to(weight.dtype)
+        weight = weight.float()
+        along = torch.mv(slopes.reshape(-1, d.shape[-1]), weight).div_(d.shape[-1]).view_as(scale)
+        d = torch.mul(d, weight, out=slopes)
         return d.sub_(unit.mul_(along)).mul_(scale).to(x.dtype), d_weight, None
 
 

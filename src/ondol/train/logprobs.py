@@ -131,7 +131,7 @@ class _Head(torch.autograd.Function):
             z -= lse
             logp.append(z.gather(-1, target[at : at + chunk].unsqueeze(-1)).squeeze(-1))
             p = z.exp()
-            entropy.append(-torch.einsum("rv,rv->r", p, z.clamp_(min=-1e4)))
+            entropy.append(-z.clamp_(min=-1e4).mul_(p).sum(dim=-1))
             if keep:
                 kept = p
         ctx.save_for_backward(states, weight, target, kept)
