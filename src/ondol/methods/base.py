@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ondol.parts import Part
 from ondol.records import Group, StopReason, Trajectory
@@ -86,8 +86,19 @@ class Method(Part):
     needs_constant: ClassVar[bool] = False  #: see `constant`
     constant_of_logp: ClassVar[bool] = True  #: `constant` looks at logp; if not, a pass is saved and logp is old_logp
 
+    on_policy: ClassVar[bool] = False  #: no ratio corrects for weights that changed since sampling: one update a batch
+
     minibatches: int = Field(default=1, ge=1, description="optimiser updates per batch of rollouts")
     epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
+
+    @model_validator(mode="after")
+    def _current(self) -> Method:
+        if self.on_policy and self.minibatches * self.epochs > 1:
+            raise ValueError(
+                f"{type(self).__name__} has no ratio between the weights that sampled and those that learn: it makes one "
+                "update of a batch (minibatches = 1, epochs = 1); grpo, reinforce++ and ppo can make several"
+            )
+        return self
 
     @property
     def needs_reference(self) -> bool:
