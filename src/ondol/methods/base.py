@@ -81,7 +81,7 @@ class Method(Part):
     signal: ClassVar[str]
     source: ClassVar[str]
 
-    min_samples: ClassVar[int] = 1  #: samples of one prompt that it takes
+    min_samples: ClassVar[int] = 1  #: samples of one prompt that it takes, whatever its settings; see `least_samples`
     whole_groups: ClassVar[bool] = False  #: the loss couples a group's members: they share a micro-batch
     needs_constant: ClassVar[bool] = False  #: see `constant`
     constant_of_logp: ClassVar[bool] = True  #: `constant` looks at logp; if not, a pass is saved and logp is old_logp
@@ -109,6 +109,11 @@ class Method(Part):
     def skip_zero_advantage(self) -> bool:
         """Whether a zero advantage means a zero gradient, so that such trajectories need no compute."""
         return not self.needs_reference
+
+    @property
+    def least_samples(self) -> int:
+        """Samples of one prompt that it takes with these settings."""
+        return self.min_samples
 
     @property
     def max_resamples(self) -> int:

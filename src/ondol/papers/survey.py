@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ondol.compare.arms import Arm
-from ondol.papers.base import Claim, Measured, Outcome, Paper
 from ondol.papers import tool_sums
+from ondol.papers.base import Claim, Measured, Outcome, Paper
 from ondol.papers.pilot import arms, measure
 
 #: rows that follow the policy gradient of a reward, with what a task of few tokens needs
