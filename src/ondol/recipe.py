@@ -194,10 +194,12 @@ class Recipe(Part):
     def _possible(self) -> Recipe:
         if self.train.steps:
             _check_complete(self.method)
-        group, least = self.train.samples_per_prompt, type(self.method).min_samples
+        group, least = self.train.samples_per_prompt, self.method.least_samples
         if self.train.steps and group < least:
+            why = " with these settings" if least > self.method.min_samples else ""
             raise ValueError(
-                f"{type(self.method).__name__} compares samples of one prompt: train.samples_per_prompt must be at least {least}, not {group}"
+                f"{type(self.method).__name__} compares samples of one prompt{why}: train.samples_per_prompt must be at "
+                f"least {least}, not {group}"
             )
         if self.train.steps and self.method.minibatches > self.train.prompts_per_step:
             raise ValueError(

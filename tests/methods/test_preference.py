@@ -226,8 +226,22 @@ def test_kto_takes_unpaired_data():
     method = KTO()
     assert method.keep(groups) == groups
     flat = torch.tensor([r for rs in method.shaped_rewards(groups) for r in rs], **WIDE)
-    assert method.advantages(Scored(flat, torch.tensor([0, 0, 0, 1, 2]))).tolist() == [1, 1, 1, -1, 1]
+    assert method.advantages(Scored(flat, torch.tensor([0, 0, 0, 1, 2]))).tolist() == [1, 1, 1, -3, 1]  # 4 and 1
     assert method.min_samples == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(d=st.integers(0, 40), u=st.integers(0, 40), lam_d=st.floats(0.1, 9), lam_u=st.floats(0.1, 9))
+def test_classes_of_kto_balance(d, u, lam_d, lam_u):
+    """The paper's condition holds, and no weight is changed more than it asks for."""
+    up, down = KTO(lam_d=lam_d, lam_u=lam_u).factors(d, u)
+    assert KTO(lam_d=lam_d, lam_u=lam_u, balance=False).factors(d, u) == (1, 1) and min(up, down) == 1
+    if d and u:
+        before, after = lam_d * d / (lam_u * u), lam_d * up * d / (lam_u * down * u)
+        assert 1 - 1e-12 <= after <= 4 / 3 + 1e-12
+        assert after == pytest.approx(min(max(before, 1), 4 / 3))
+    else:
+        assert (up, down) == (1, 1)
 
 
 def test_references():

@@ -59,6 +59,15 @@ def recipe(method, **train):
         (f"{__name__}:NoCritic", {}, "NoCritic needs a critic.*ActorCritic"),
         (f"{__name__}:NoLambdas", {}, r"NoLambdas does not define lambdas\(\)"),
         (f"{__name__}:NoLoss", {}, r"NoLoss does not define token_loss\(\)"),
+        ({"name": "pass-at-k", "k": 9}, {"samples_per_prompt": 8}, "PassAtK .* with these settings.*at least 9, not 8"),
+        ({"name": "grpo-roc", "keep_samples": 8}, {"samples_per_prompt": 4}, "GRPORoC .*at least 8, not 4"),
+        (
+            {"name": "simpletir", "drop_overlong": True, "min_valid": 4},
+            {"samples_per_prompt": 3},
+            "SimpleTIR .*at least 4, not 3",
+        ),
+        ({"name": "reinforce", "minibatches": 2}, {}, "method.*REINFORCE has no ratio.*minibatches = 1"),
+        ({"name": "rloo", "epochs": 2}, {}, "method.*RLOO has no ratio.*epochs = 1"),
         ({"name": "grpo", "minibatches": 9}, {"prompts_per_step": 8}, r"minibatches \(9\) cannot exceed"),
     ],
 )

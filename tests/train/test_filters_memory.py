@@ -111,21 +111,25 @@ def test_more_is_asked_for_until_there_is_enough():
 
 
 @pytest.mark.parametrize(
-    "kept, steps, resamples, hopeless",
+    "kept, steps, resamples, hopeless, all_right",
     [
-        ([0], 20, True, True),
-        ([0], 20, False, False),
-        ([5, 0], 2, False, False),
-        ([0], 1, False, True),
-        ([0, 0], 2, False, True),
-        ([0] * 9, 20, False, False),
-        ([0] * 10, 20, False, True),
-        ([5] + [0] * 10, 20, False, True),
-        ([0] * 9 + [1] + [0] * 9, 40, False, False),
+        ([5] + [0] * 10, 20, False, False, True),  # everything is right by now
+        ([5, 0], 20, True, False, True),
+        ([0] * 10, 20, False, True, True),  # and was so from the start: there is nothing to learn
+        ([0], 20, True, True, True),
+        ([0], 20, True, True, False),
+        ([0], 20, False, False, False),
+        ([5, 0], 2, False, False, False),
+        ([0], 1, False, True, False),
+        ([0, 0], 2, False, True, False),
+        ([0] * 9, 20, False, False, False),
+        ([0] * 10, 20, False, True, False),
+        ([5] + [0] * 10, 20, False, True, False),
+        ([0] * 9 + [1] + [0] * 9, 40, False, False, False),
     ],
 )
-def test_when_a_run_gives_up(kept, steps, resamples, hopeless):
-    assert is_hopeless(First(), kept, steps, resamples) is hopeless
+def test_when_a_run_gives_up(kept, steps, resamples, hopeless, all_right):
+    assert is_hopeless(First(), kept, steps, resamples, all_right) is hopeless
 
 
 MORE = (

@@ -17,6 +17,7 @@ from typing import Any
 
 from ondol.errors import OndolError
 from ondol.methods.base import Method
+from ondol.parts import find
 from ondol.recipe import Recipe, load_recipe, override
 
 _LABEL = re.compile(r"([^:=,]+)=(?=[^=])")
@@ -45,8 +46,9 @@ class Arm:
 def parse_arm(text: str, base: dict[str, Any]) -> Arm:
     """Read an arm as the command line has it; see above.
 
-    The budget is the recipe's: `minibatches` and `epochs` of its method go to every arm. The other settings of its
-    method go to arms of that method only; any other starts from its own defaults.
+    The budget is the recipe's: `minibatches` and `epochs` of its method go to every arm whose method can make several
+    updates of a batch. The other settings of its method go to arms of that method only; any other starts from its own
+    defaults.
     """
     label, rest = None, text
     if found := _LABEL.match(text):
@@ -69,6 +71,12 @@ def method_table(base: dict[str, Any], name: str) -> dict[str, Any]:
     known = {"name": known} if isinstance(known, str) else dict(known)
     if known.get("name") == name:
         return known
+    try:
+        cls = find("methods", name)
+    except OndolError:  # said with its arm when the recipe is made
+        cls = Method
+    if getattr(cls, "on_policy", False):
+        return {"name": name}
     return {"name": name} | {k: v for k, v in known.items() if k in Method.model_fields}
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ondol.parts import Part
 from ondol.records import Group, StopReason, Trajectory
@@ -81,13 +81,24 @@ class Method(Part):
     signal: ClassVar[str]
     source: ClassVar[str]
 
-    min_samples: ClassVar[int] = 1  #: samples of one prompt that it takes
+    min_samples: ClassVar[int] = 1  #: samples of one prompt that it takes, whatever its settings; see `least_samples`
     whole_groups: ClassVar[bool] = False  #: the loss couples a group's members: they share a micro-batch
     needs_constant: ClassVar[bool] = False  #: see `constant`
     constant_of_logp: ClassVar[bool] = True  #: `constant` looks at logp; if not, a pass is saved and logp is old_logp
 
+    on_policy: ClassVar[bool] = False  #: no ratio corrects for weights that changed since sampling: one update a batch
+
     minibatches: int = Field(default=1, ge=1, description="optimiser updates per batch of rollouts")
     epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
+
+    @model_validator(mode="after")
+    def _current(self) -> Method:
+        if self.on_policy and self.minibatches * self.epochs > 1:
+            raise ValueError(
+                f"{type(self).__name__} has no ratio between the weights that sampled and those that learn: it makes one "
+                "update of a batch (minibatches = 1, epochs = 1); grpo, reinforce++ and ppo can make several"
+            )
+        return self
 
     @property
     def needs_reference(self) -> bool:
@@ -98,6 +109,11 @@ class Method(Part):
     def skip_zero_advantage(self) -> bool:
         """Whether a zero advantage means a zero gradient, so that such trajectories need no compute."""
         return not self.needs_reference
+
+    @property
+    def least_samples(self) -> int:
+        """Samples of one prompt that it takes with these settings."""
+        return self.min_samples
 
     @property
     def max_resamples(self) -> int:

@@ -35,6 +35,7 @@ class Darling(GRPO):
     """GRPO on quality times semantic diversity, without the group's std, mean over tokens."""
 
     objective: ClassVar[str] = "clipped ratio, token mean"
+    kl: ClassVar[str] = "optional"
     mechanism: ClassVar[str] = "reward times the share of semantically different answers; no std"
     signal: ClassVar[str] = "verifiable reward or reward model, and a scorer of pairs"
     source: ClassVar[str] = "arXiv 2509.02534"

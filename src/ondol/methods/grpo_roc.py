@@ -134,6 +134,10 @@ class GRPORoC(GRPO):
     def _penalties(self) -> tuple[Callable[[ToolResult], bool], Callable[[Trajectory], float]]:
         return _function("errors", self.errors, ERRORS), _function("format", self.format, FORMATS)
 
+    @property
+    def least_samples(self) -> int:
+        return self.keep_samples or self.min_samples  # prompts with fewer are dropped
+
     def penalty(self, trajectory: Trajectory) -> float:
         """Tool errors plus faults of form."""
         is_error, form = self._penalties

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_MOST = 4 / 3  # of lam_d n_d / (lam_u n_u); the least is 1 (section 4 of the paper)
+
+
 class KTO(Method):
     """Kahneman-Tversky optimisation of unpaired answers."""
 
@@ -44,7 +47,11 @@ class KTO(Method):
     lam_u: float = Field(
         default=1.0,
         ge=0,
-        description="weight of undesirable answers; the paper wants lam_d n_d / (lam_u n_u) between 1 and 4/3",
+        description="weight of undesirable answers; 1 in the paper where classes balance",
+    )
+    balance: bool = Field(
+        default=True,
+        description="raise lam_d or lam_u in each batch, no more than needed, so that lam_d n_d / (lam_u n_u) is within 1 to 4/3",
     )
     threshold: float = Field(
         default=0.5, description="answers that score this or more are desirable; ours, for scores in [0, 1]"
@@ -58,8 +65,19 @@ class KTO(Method):
         return [g.scores for g in groups]
 
     def advantages(self, x: Scored) -> Tensor:
-        """+1 for desirable answers, -1 for the others."""
-        return (x.rewards >= self.threshold).to(x.rewards.dtype) * 2 - 1
+        """Positive for desirable answers, negative for the others; 1 or what `balance` makes of it."""
+        import torch
+
+        good = x.rewards >= self.threshold
+        up, down = self.factors(int(good.sum()), int((~good).sum()))
+        return torch.where(good, up, -down).to(x.rewards.dtype)
+
+    def factors(self, desirable: int, undesirable: int) -> tuple[float, float]:
+        """What lam_d and lam_u are multiplied by, where so many answers are of each class; 1 where one has none."""
+        d, u = self.lam_d * desirable, self.lam_u * undesirable
+        if not self.balance or not d or not u:
+            return 1.0, 1.0
+        return max(1.0, u / d), max(1.0, d / u / _MOST)
 
     def token_weights(self, lengths: Tensor) -> Tensor:
         return sequence_mean(lengths)
@@ -75,10 +93,11 @@ class KTO(Method):
 
         assert x.reference_logp is not None and x.constant is not None
         ratio, length, of_token = sequence_sum(x.logp - x.reference_logp, x.sequence)
-        sign = first_of(x.advantage, of_token, len(length)).sign()
+        advantage = first_of(x.advantage, of_token, len(length))
+        sign = advantage.sign()
         reward = self.beta * (ratio - x.constant.detach().to(ratio.dtype))
         value = torch.sigmoid(sign * reward)  # of an undesirable answer: sigmoid(beta (z0 - D))
-        weight = torch.full_like(value, self.lam_u).masked_fill(sign > 0, self.lam_d)
+        weight = advantage.abs() * torch.full_like(value, self.lam_u).masked_fill(sign > 0, self.lam_d)
         right_side = (sign * reward).detach()[of_token]  # how far an answer is on its own side of z0
         return (weight * (1 - value))[of_token], {
             "preference/margin": right_side,

@@ -51,6 +51,10 @@ class PassAtK(Method):
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="lower clip offset; PPO's 0.2")
     clip_high: float = Field(default=0.2, gt=0, description="upper clip offset; PPO's 0.2")
 
+    @property
+    def least_samples(self) -> int:
+        return max(self.min_samples, self.k)
+
     def advantages(self, x: Scored) -> Tensor:
         import torch
 

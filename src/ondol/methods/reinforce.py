@@ -26,6 +26,7 @@ class REINFORCE(Method):
     kl: ClassVar[str] = "no"
     mechanism: ClassVar[str] = "score function, optional mean baseline"
     signal: ClassVar[str] = "any reward"
+    on_policy: ClassVar[bool] = True
     source: ClassVar[str] = "Williams 1992, doi 10.1007/BF00992696"
 
     baseline: Literal["none", "batch", "group"] = Field(

@@ -26,6 +26,7 @@ class RLOO(Method):
     kl: ClassVar[str] = "in the reward"
     mechanism: ClassVar[str] = "baseline = mean reward of the other samples"
     signal: ClassVar[str] = "verifiable reward or reward model"
+    on_policy: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2402.14740"
     min_samples: ClassVar[int] = 2
 

@@ -161,6 +161,10 @@ class SimpleTIR(GRPO):
         return self
 
     @property
+    def least_samples(self) -> int:
+        return max(self.min_samples, self.min_valid) if self.drop_overlong else self.min_samples
+
+    @property
     def max_resamples(self) -> int:
         return self.resamples
 

@@ -23,7 +23,13 @@ def _arms() -> Sequence[Arm]:
     return tool_sums.arms(
         "grpo=grpo-roc:keep_samples=8",
         "grpo-roc=grpo-roc:keep_samples=8,train.samples_per_prompt=16",
-        settings=("task.failing_share=0.3", "optimizer.learning_rate=5e-4"),
+        settings=(
+            "task.failing_share=0.3",
+            "optimizer.learning_rate=1e-3",
+            "method.minibatches=1",  # one update a batch, as in the official recipe
+            "train.steps=100",
+            "train.prompts_per_step=8",
+        ),
     )
 
 

@@ -261,7 +261,7 @@ PAPER = Paper(
     measure=tool_sums.measure,
     studies={"gradients": _gradients},
     scales={
-        "laptop": "sums in several turns with a calculator, a model from scratch, 60 steps of 8 prompts x 8 samples in 4 updates, 2 arms",
+        "laptop": "sums in several turns with a calculator, a model from scratch, 40 steps of 16 prompts x 8 samples in 4 updates, 2 arms",
         "gpu": "SmolLM2-135M-Instruct with fenced Python, G = 8, 64 prompts, 3 turns, 40 to 60 steps; one GPU",
         "full": "Qwen2.5-7B, 512 prompts x 16 samples, 5 turns, AIME24 avg@32 at 10 turns; 8 nodes of GPUs",
     },

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ondol.compare.arms import Arm
+from ondol.papers import tool_sums
 from ondol.papers.base import Claim, Measured, Outcome, Paper
 from ondol.papers.pilot import arms, measure
 
 #: rows that follow the policy gradient of a reward, with what a task of few tokens needs
 GRADIENT = (
     "grpo",
-    "reinforce:baseline=group",
-    "rloo",
+    # one update of a batch where others make four, of four times the answers: twice the learning rate
+    "reinforce:baseline=group,optimizer.learning_rate=2e-3",
+    "rloo:optimizer.learning_rate=2e-3",
     "reinforce++",
     "ppo:critic_learning_rate=1e-3",  # the policy's; the default is for pretrained models
     "vapo:alpha=1,critic_learning_rate=2e-3,value_pretraining_steps=10",  # answers of 5 tokens, a model from scratch
@@ -35,7 +37,15 @@ def _label(text: str) -> str:
 
 
 def _arms() -> Sequence[Arm]:
-    return arms(*(f"{_label(t)}={t}" for t in (*GRADIENT, *PREFERENCE)))
+    table = arms(*(f"{_label(t)}={t}" for t in (*GRADIENT, *PREFERENCE)))
+    # the same sums, the same number of demonstrations and of episodes; what differs is the tool and the turns for it
+    agentic = ("optimizer.learning_rate=5e-4",)
+    at_once = ("task.in_head=true", "env.tools=[]", "env.max_turns=1", *agentic)
+    return [
+        *table,
+        *tool_sums.arms("multi-turn=grpo", settings=agentic),
+        *tool_sums.arms("one-shot=grpo", settings=at_once),
+    ]
 
 
 def _gradient(m: Measured) -> Outcome:
@@ -58,6 +68,16 @@ def _preference(m: Measured) -> Outcome:
     return Outcome(all(v >= 0.9 for v in means.values()), said)
 
 
+def _turns(m: Measured) -> Outcome:
+    name = "score_sampled"
+    many, one = m.mean("multi-turn", name), m.mean("one-shot", name)
+    starts = [m.text(label, f"start/{name}") for label in ("multi-turn", "one-shot")]
+    return Outcome(
+        many - one >= 0.2,
+        f"multi-turn {m.text('multi-turn', name)} (before RL {starts[0]}), one-shot {m.text('one-shot', name)} ({starts[1]})",
+    )
+
+
 PAPER = Paper(
     id="2509.02547",
     claims=(
@@ -75,11 +95,19 @@ PAPER = Paper(
             must="every row at least 0.9",
             judge=_preference,
         ),
+        Claim(
+            text="an agent of several turns with a tool does better than one answer at once, on the same task",
+            paper="no experiments of its own; the difference between a POMDP and one prompt with one response",
+            how=f"sums of three numbers, with a calculator in 5 turns at most, or in the head: pass@1 on held-out sums "
+            f"after the same GRPO, {tool_sums.SAMPLES} samples each",
+            must="at least 20 points more",
+            judge=_turns,
+        ),
     ),
     arms=_arms,
     measure=measure,
     scales={
-        "laptop": f"tiny-addends, 150 steps, {len(GRADIENT)} policy-gradient and {len(PREFERENCE)} preference rows",
+        "laptop": f"tiny-addends, 150 steps, {len(GRADIENT)} policy-gradient and {len(PREFERENCE)} preference rows; sums in several turns and in one",
         "gpu": "SmolLM2-135M-Instruct on reasoning-gym and miniwob, 5 algorithms x 2 environments; one GPU",
         "full": "runs of verl's size on the benchmarks that the survey lists",
     },

@@ -55,6 +55,8 @@ class ToolSums(DrawnTask):
         description="demonstrations: share of calls that fail first, as their second number lacks",
     )
 
+    in_head: bool = Field(default=False, description="demonstrations: the answer at once, without the calculator")
+
     @model_validator(mode="after")
     def _sound(self) -> ToolSums:
         if self.low > self.high:
@@ -77,11 +79,12 @@ class ToolSums(DrawnTask):
         """A call for each plus, each on the result before it, then the answer; a wrong one is at most 9 off."""
         total, *rest = problem.data["numbers"]
         turns: list[str] = []
-        for number in rest:
+        for number in () if self.in_head else rest:
             if random.random() < self.failing_share:
                 turns.append(f"<c>{total}+</c>")
             turns.append(f"<c>{total}+{number}</c>")
             total += number
+        total = int(problem.answer)
         turns.append(str(total if right else total + random.choice([d for d in range(-9, 10) if d])))
         if random.random() < self.void_share:
             turns[random.randrange(len(turns)) :] = [_letters(random)]  # the episode ends there

@@ -205,7 +205,7 @@ PAPER = Paper(
     measure=_measure,
     studies={"long-episode": _long_episode, "entropy": _entropy},
     scales={
-        "laptop": "tiny-widgets: made-up interfaces in text, 48 steps of 8 interfaces x 8 episodes, 4 arms",
+        "laptop": "tiny-widgets: made-up interfaces in text, 40 steps of 8 interfaces x 8 episodes, 4 arms",
         "gpu": "MiniWoB pages as small images or as text, SmolLM2-135M, PPO for 10 minutes; one GPU",
         "full": "thousands of virtual machines, a mixture-of-experts model with 23B active parameters, and vision",
     },

@@ -22,6 +22,11 @@ class Filtered:
     resampled: int = 0
     refusal: OndolError | None = None
 
+    @property
+    def all_right(self) -> bool:
+        """Whether there is nothing wrong in any sampled group."""
+        return all(s >= 1 for g in self.sampled for s in g.scores)
+
     def nothing_left(self) -> OndolError:
         """What to say of a step with nothing to learn from."""
         wrong = sum(all(s <= 0 for s in g.scores) for g in self.sampled)
@@ -62,9 +67,14 @@ def filtered(
     return out
 
 
-def is_hopeless(method: Method, kept: Sequence[float], steps: int, resamples: bool) -> bool:
+def is_hopeless(method: Method, kept: Sequence[float], steps: int, resamples: bool, all_right: bool = False) -> bool:
     """Whether a run should end at an empty step: at once after further sampling; else after ten in a row, or where none
-    of its `steps` was anything else. `kept`: groups kept in each step so far, this one's among them."""
+    of its `steps` was anything else. Never where it learned before and now gets everything right: that is success.
+
+    `kept`: groups kept in each step so far, this one's among them; `all_right`: whether every sample of this step is.
+    """
+    if all_right and any(kept):
+        return False
     if resamples and method.max_resamples:
         return True
     return not any(kept[-EMPTY_STEPS:]) and len(kept) >= min(EMPTY_STEPS, steps)

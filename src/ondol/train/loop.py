@@ -379,7 +379,7 @@ class Trainer:
         said = found.nothing_left()
         self.run.db.event("empty_step", step=step, groups=len(found.sampled))
         kept = [m.value for m in self.run.db.metrics("groups/kept", "rl")]
-        if is_hopeless(self.recipe.method, kept, self.recipe.train.steps, self.dump is None):
+        if is_hopeless(self.recipe.method, kept, self.recipe.train.steps, self.dump is None, found.all_right):
             raise OndolError(f"step {step}: {said.what}", said.remedy)
         self.reporter.warn(f"step {step}: {said.what}; nothing was updated")
 
