@@ -54,7 +54,9 @@ class Sandboxed(Tool):
                 )
             return {"sandbox": found.level, "walls": found.walls}
         if LEVELS.index(self.level) < LEVELS.index(self.require):
-            raise OndolError(f"the tool '{self.name}' requires '{self.require}' and asks for '{self.level}'", "drop one")
+            raise OndolError(
+                f"the tool '{self.name}' requires '{self.require}' and asks for '{self.level}'", "drop one"
+            )
         problem = try_level(self.level)
         if problem is not None:
             raise OndolError(f"the sandbox level '{self.level}' does not work here: {problem}", "see: ondol doctor")

@@ -10,7 +10,6 @@ Standard library only, one thread, nothing imported later than needed: what it l
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import select
@@ -24,6 +23,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import box
+import look
 import walls
 
 _BRIEF_S = 10.0
@@ -65,9 +65,10 @@ class Launcher:
         self.reap()
 
     def end(self, pid: int, deep: bool) -> None:
-        for each in (pid, *(box.descendants(pid) if deep else ())):
-            with contextlib.suppress(OSError):
-                os.kill(each, signal.SIGKILL)
+        for each in (pid, *(look.descendants(pid) if deep else ())):
+            if each > 1:  # lower numbers mean many processes, or the machine's first
+                with contextlib.suppress(OSError):
+                    os.kill(each, signal.SIGKILL)
 
     def forget(self, number: int) -> None:
         del self.boxes[number]
@@ -99,7 +100,9 @@ class Launcher:
         for name in message["preload"]:
             self.load(name)
         if message["level"] == "namespaces":
-            self.boxes[message["box"]] = self.in_namespaces(message, descriptor)
+            pid = self.in_namespaces(message, descriptor)
+            if pid > 1:
+                self.boxes[message["box"]] = pid
         else:
             if message["level"] == "rlimits":
                 message["home"] = self.homes[message["box"]] = tempfile.mkdtemp(prefix="ondol-")
@@ -121,12 +124,7 @@ class Launcher:
     def load(self, name: str) -> None:
         if name not in sys.modules:
             sys.path += [p for p in self.settings["paths"] if p not in sys.path]
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
-                import gc
-
-                gc.collect()
-                gc.freeze()
+            box.load(name)
 
     def serve_box(self, message: dict, descriptor: int) -> None:
         self.control.close()
@@ -172,7 +170,7 @@ class Launcher:
         os.close(read)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(between, 0)
-        return int(text or b"-1")
+        return int(text or b"0")
 
     def exec_bubblewrap(self, message: dict, descriptor: int) -> None:
         s = self.settings

@@ -10,11 +10,11 @@ Requests and answers are JSON behind four bytes of length, on a socket that the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import look
 import walls
 import work
 
@@ -122,7 +123,7 @@ class Box:
         self.sock, self.home, self.settings = sock, settings["home"], settings
         self.first = os.getpid() == 1
         self.notebook: Notebook | None = None
-        self.own_bytes = _anonymous(os.getpid())
+        self.own_bytes = look.own_bytes(os.getpid())
         self.codes: dict[int, int | None] = {}  # children whose end matters: their status, once they have ended
 
     def serve(self) -> None:
@@ -146,7 +147,10 @@ class Box:
             answer = self._fresh(lambda: _exit_of_cell(request["code"]), limit_s, merged=True)
             return answer | ({"kind": "memory"} if answer["exit"] == _NO_MEMORY else {})
         if do == "program":
-            return self._fresh(lambda: work.run_program(request["code"]), limit_s, stdin=request.get("stdin") or "")
+            answer = self._fresh(lambda: work.run_program(request["code"]), limit_s, stdin=request.get("stdin") or "")
+            if request.get("clear"):
+                look.empty_folder(self.home)
+            return answer
         if do == "shell":
             return self._fresh(lambda: self._shell(request["command"]), limit_s, merged=True)
         if do == "files":
@@ -159,9 +163,8 @@ class Box:
         """Import here, once, the packages that the code names: what is forked from us need not."""
         for name in self.settings["preload"]:
             if name not in sys.modules and name in code:
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(name)
-                self.own_bytes = _anonymous(os.getpid())
+                load(name)
+                self.own_bytes = look.own_bytes(os.getpid())
 
     # -- kinds of work -----------------------------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class Box:
         kind, exit_code = self._watch(book.exit, [book.output], limit_s, book.results, feed=(book.commands, line))
         if kind == "exit":
             kind = "crashed"
-        gone = kind not in ("ok", "error", "memory") or kind == "memory" and exit_code < 0
+        gone = kind not in ("ok", "error", "memory") or (kind == "memory" and exit_code < 0)
         if not gone:  # nothing goes on between calls, whatever the code has said or started
             with contextlib.suppress(ProcessLookupError):
                 os.kill(book.pid, signal.SIGSTOP)
@@ -275,7 +278,7 @@ class Box:
             self._reap(self.notebook.pid)
             self.notebook.close()
             self.notebook = None
-        empty_folder(self.home)
+        look.empty_folder(self.home)
         return {"kind": "ok", "stdout": "", "stderr": "", "exit": 0, "restarted": False}
 
     # -- watching ----------------------------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ class Box:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(self.home)
         s = self.settings
-        processes = s["processes"] if self.first else s["processes"] + _tasks_of_user()
+        processes = s["processes"] if self.first else s["processes"] + look.tasks_of_user()
         counted = not self.first or walls.counts_by_namespace()
         walls.limit(s["memory_bytes"], s["disk_bytes"], processes if counted else 1 << 20, cpu_s)
         work.reopen()
@@ -369,18 +372,18 @@ class Box:
         found = self._others()
         if len(found) > self.settings["processes"]:
             return "processes"
-        grown = sum(max(0, _anonymous(pid) - self.own_bytes) for pid in found)
+        grown = sum(max(0, look.own_bytes(pid) - self.own_bytes) for pid in found)
         if grown > 1.25 * self.settings["memory_bytes"]:
             return "memory"
         # Behind namespaces the home folder is a file system of limited size.
-        return "disk" if not self.first and folder_bytes(self.home) > self.settings["disk_bytes"] else None
+        return "disk" if not self.first and look.folder_bytes(self.home) > self.settings["disk_bytes"] else None
 
     def _others(self) -> list[int]:
         """All processes in the sandbox but this one."""
         mine = os.getpid()
         if self.first:
-            return [pid for pid in _listed() or _guessed() if pid != mine]
-        return descendants(mine)
+            return [pid for pid in look.listed() or look.guessed() if pid != mine]
+        return look.descendants(mine)
 
     def _end(self, keep: int | None) -> None:
         """Kill everything here but ourselves and `keep`, and wait until it is gone."""
@@ -388,7 +391,7 @@ class Box:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)  # as process 1 of a namespace: all the others in it
         for _ in range(1000):
-            others = [pid for pid in self._others() if pid != keep and not _is_zombie(pid)]
+            others = [pid for pid in self._others() if pid != keep and not look.is_zombie(pid)]
             if not others:
                 break
             for pid in others:
@@ -430,94 +433,14 @@ def _notebook_loop(commands: int, results: int, seed: str) -> None:
             os.write(results, kind.encode() + b"\n")
 
 
-# -- looking at processes --------------------------------------------------------------------------------------------------
-
-
-def _listed() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-
-
-def descendants(root: int) -> list[int]:
-    """Children of `root`, their children, and so on."""
-    children: dict[int, list[int]] = {}
-    for pid in _listed():
-        fields = _status(pid)
-        if fields is not None:
-            children.setdefault(int(fields[1]), []).append(pid)
-    out, queue = [], [root]
-    while queue:
-        found = children.get(queue.pop(), [])
-        out += found
-        queue += found
-    return out
-
-
-def _status(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat after the name: state, parent, ..."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:
-            return f.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _is_zombie(pid: int) -> bool:
-    fields = _status(pid)
-    return fields[0] in "ZX" if fields is not None else bool(_listed())
-
-
-def _anonymous(pid: int) -> int:
-    """Memory that is a process's own, in bytes; pages shared with its parent since a fork count too."""
-    try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as f:
-            fields = f.read().split()
-    except OSError:
-        return 0
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _guessed() -> list[int]:
-    """Processes of this PID namespace where there is no /proc: up to the number that a new one gets."""
-    newest = os.fork()
-    if newest == 0:
-        os._exit(0)
-    os.waitpid(newest, 0)
-    out = []
-    for pid in range(2, newest):
-        with contextlib.suppress(OSError):
-            os.kill(pid, 0)
-            out.append(pid)
-    return out
-
-
-def _tasks_of_user() -> int:
-    """Threads that run under our user id on the whole machine: the limit on processes counts them all."""
-    mine, count = os.getuid(), 0
-    for pid in _listed():
-        try:
-            if os.stat(f"/proc/{pid}").st_uid == mine:
-                count += len(os.listdir(f"/proc/{pid}/task"))
-        except OSError:
-            continue
-    return count
-
-
-def empty_folder(folder: str) -> None:
-    """Delete all that is in a folder, and make its .tmp anew; links are not followed."""
-    with os.scandir(folder) as entries:
-        found = list(entries)
-    if len(found) == 1 and found[0].name == ".tmp" and not os.listdir(found[0].path):
-        return
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                os.unlink(entry.path)
-    os.makedirs(os.path.join(folder, ".tmp"), exist_ok=True)
+def load(name: str) -> None:
+    """Import a package for the processes that will be forked from this one."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+        if name == "numpy":
+            importlib.import_module("numpy.random")  # which it would import at first use
+        gc.collect()
+        gc.freeze()  # collections in a fork must not touch, and so copy, what is shared
 
 
 def dress(home: str, paths: list[str], program: str) -> None:
@@ -535,16 +458,3 @@ def dress(home: str, paths: list[str], program: str) -> None:
     for path in paths:
         if path not in sys.path:
             sys.path.append(path)
-
-
-def folder_bytes(folder: str) -> int:
-    """Bytes of the files below a folder; of the first 10,000 at most."""
-    total = count = 0
-    for base, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(base, name)).st_blocks * 512
-            count += 1
-            if count > 10_000:
-                return total
-    return total
