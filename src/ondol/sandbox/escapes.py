@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from ondol.sandbox.boxes import LEVELS, Answer, Box, Limits
 from ondol.sandbox.levels import try_level
 
 TIERS = ("monty", *LEVELS)
+CONTROL = "none"  # plain Python without a sandbox: shows that the attempts are real ones
 LIMITS = Limits(memory_mib=128, disk_mib=8, processes=32, output_bytes=1 << 16)
 CALL_S = 2.0
 
@@ -297,7 +299,7 @@ ATTEMPTS: dict[str, Attempt] = {
         "ignore all signals and loop for ever",
         "import signal\nfor s in signal.valid_signals():\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
         "while True: pass",
-        escaped=lambda scene, answer: answer.kind != "timeout" or answer.seconds > CALL_S + 1,
+        escaped=lambda scene, answer: answer.kind == "ok" or answer.seconds > CALL_S + 1,
         again=True,
     ),
     "daemon": Attempt(
@@ -317,7 +319,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "mount": Attempt(
         "mount a file system",
         _C
-        + "libc.unshare(0x10020000)\nif libc.mount(b'none', os.getcwd().encode(), b'tmpfs', 0, None) == 0: print('ESCAPED')",
+        + "if libc.unshare(0x10020000) == 0 and libc.mount(b'none', os.getcwd().encode(), b'tmpfs', 0, None) == 0: print('ESCAPED')",
     ),
     "chroot": Attempt("change its root", "import os\nos.chroot('.')\nprint('ESCAPED')"),
     "io-uring": Attempt(
@@ -381,49 +383,106 @@ async def attempt(tier: str, name: str, where: Scene, box: Any) -> bool:
     """Run one attempt. Returns whether it was stopped."""
     a = ATTEMPTS[name]
     answer = await _run(tier, box, where.header() + a.code)
-    if a.files and tier != "monty":
+    if a.files and tier in LEVELS:
         answer = await box.ask("files", CALL_S, command=a.files.format(outside=where.outside))
     out = a.escaped(where, answer)
     if a.again:
         after = await _run(tier, box, "print(6 * 7)")
         out = out or after.stdout.strip() != "42"
-    if tier != "monty":
+    if tier in LEVELS:
         await box.ask("clear", CALL_S)
     return not out
 
 
 async def _run(tier: str, box: Any, code: str) -> Answer:
+    if tier == CONTROL:
+        return await asyncio.to_thread(_plain, code)
     if tier == "monty":
         result = await box.run(code)
         return Answer(result.kind, result.text, seconds=result.seconds)
     return await box.ask("program", CALL_S, code=code)
 
 
+def _plain(code: str) -> Answer:
+    """The code in a Python of its own, below a shell that stands for the supervisor."""
+    with tempfile.TemporaryDirectory(prefix="plain-") as folder:
+        started = time.perf_counter()
+        command = ["/bin/sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, code]
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            out = process.communicate(timeout=CALL_S + 1.5)[0]
+            kind = "ok" if process.returncode == 0 else "error"
+        except subprocess.TimeoutExpired:
+            out, kind = b"", "timeout"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+        return Answer(
+            kind,
+            out.decode("utf-8", "replace"),
+            seconds=time.perf_counter() - started,
+            emptied=process.returncode == -9,
+        )
+
+
 async def battery(tier: str) -> dict[str, bool]:
     """attempt -> stopped, for one tier."""
+    box: Any = None
     if tier == "monty":
         from ondol.sandbox.monty import MontySession
 
-        box: Any = MontySession("escapes", CALL_S, LIMITS.memory_mib << 20, LIMITS.output_bytes)
-    else:
+        box = MontySession("escapes", CALL_S, LIMITS.memory_mib << 20, LIMITS.output_bytes)
+    elif tier in LEVELS:
         box = Box(tier, "escapes", LIMITS)
     try:
         with scene() as where:
             return {name: await attempt(tier, name, where, box) for name in ATTEMPTS}
     finally:
-        await box.close()
+        if box is not None:
+            await box.close()
 
 
 def measure() -> tuple[dict[str, dict[str, bool]], dict[str, str]]:
     """(tier -> attempt -> stopped, tier -> why it was left out) on this machine, as this user."""
     found, missing = {}, {}
-    for tier in TIERS:
-        why = None if tier == "monty" else try_level(tier)
+    for tier in (CONTROL, *TIERS):
+        why = try_level(tier) if tier in LEVELS else None
         if why is None:
             found[tier] = asyncio.run(battery(tier))
         else:
             missing[tier] = why
     return found, missing
+
+
+def _as_user() -> tuple[dict[str, dict[str, bool]], dict[str, str]]:
+    """`measure` in a fork that has become an ordinary user; what it may read must stay in reach."""
+    from ondol.sandbox.boxes import settings
+    from ondol.sandbox.inside.walls import become_ordinary
+
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_ordinary([*settings()["needed"], *(os.path.realpath(p) for p in sys.path if os.path.exists(p))])
+            os.write(write, json.dumps(measure()).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8") as f:
+        found, missing = json.load(f)
+    os.waitpid(pid, 0)
+    return found, missing
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The committed table as docs/sandbox.md shows it: what holds under root and under an ordinary user alike."""
+    lines = ["| attempt | " + " | ".join(TIERS) + " |", "|---|" + "---|" * len(TIERS)]
+    for name, what in table["attempts"].items():
+        stopped = [all(table["stopped"][who][tier][name] for who in ("root", "user")) for tier in TIERS]
+        lines.append(f"| {what} | " + " | ".join("stopped" if s else "**not stopped**" for s in stopped) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -433,13 +492,8 @@ def main() -> None:
     args = p.parse_args()
     if args.output:
         args.output = args.output.absolute()
-    if args.as_user:
-        from ondol.sandbox.boxes import settings
-        from ondol.sandbox.inside.walls import become_ordinary
-
-        become_ordinary([*settings()["needed"], *(os.path.realpath(p) for p in sys.path if os.path.exists(p))])
-    who = "root" if os.getuid() == 0 else "user"
-    found, missing = measure()
+    who = "user" if args.as_user or os.getuid() != 0 else "root"
+    found, missing = _as_user() if args.as_user else measure()
     print(f"under {who}; + is stopped, - is not\n" + "  ".join(found))
     for name, a in ATTEMPTS.items():
         print(

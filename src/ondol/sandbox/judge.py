@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from ondol.errors import OndolError
 from ondol.sandbox.boxes import PACKAGES, Answer, Box, Limits
-from ondol.sandbox.levels import reached
+from ondol.sandbox.levels import check_level, reached
 
 EXECUTION_S = 10.0  # of one program (the paper's RL runs use 4)
 QUEUE_LIFE_S = 4.0  # that a call may wait for a worker
@@ -141,10 +141,8 @@ class CodeJudge:
     async def __aenter__(self) -> CodeJudge:
         """Raises OndolError when no sandbox opens on this machine."""
         if self.level is None:
-            found = await asyncio.to_thread(reached)
-            if found.level is None:
-                raise OndolError(f"no sandbox opens on this machine ({found.why.get('rlimits')})", "see: ondol doctor")
-            self.level = found.level
+            await asyncio.to_thread(check_level, "rlimits")
+            self.level = reached().level
         self._tasks = [asyncio.create_task(self._work()) for _ in range(self.workers)]
         return self
 

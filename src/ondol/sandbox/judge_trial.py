@@ -60,15 +60,15 @@ def healthy_job(r: random.Random) -> Job:
     return Job("healthy", submission, lambda x: x.run_success and x.success is not wrong and x.reason is Reason.NONE)
 
 
-def jobs(count: int, seed: int, mark: str) -> list[Job]:
-    """The mix, shuffled. `mark` is in the command line of every process that a job leaves behind."""
+def jobs(count: int, seed: int, mark: str, hostile: int = HOSTILE) -> list[Job]:
+    """The mix, shuffled, `hostile` of each kind. `mark` is in the command line of every process that a job leaves behind."""
     r = random.Random(seed)
 
     def failed(text: str) -> Callable[[Result], bool]:
         return lambda x: not x.run_success and x.reason is Reason.NONE and text in (x.stderr or "")
 
     out = []
-    for i in range(HOSTILE):
+    for i in range(hostile):
         out.append(Job("loop", Submission(_LOOP[i % 3]), lambda x: x.reason is Reason.WORKER_TIMEOUT))
         out.append(Job("memory", Submission(_MEMORY[i % 3]), failed("MemoryError")))
         out.append(Job("syntax", Submission(_SYNTAX[i % 5]), failed("Error")))
@@ -94,11 +94,16 @@ def left_behind(mark: str) -> int:
 
 
 async def verdicts(
-    count: int = 500, seed: int = 0, workers: int = 4, execution_s: float = 2.0, level: str | None = None
+    count: int = 500,
+    seed: int = 0,
+    workers: int = 4,
+    execution_s: float = 4.0,
+    level: str | None = None,
+    hostile: int = HOSTILE,
 ) -> dict[str, float]:
     """Judge the mix in one long batch: shares of right verdicts (all, and of healthy jobs), and processes left behind."""
     mark = f"30.{random.SystemRandom().randrange(10**11, 10**12)}"
-    mix = jobs(count, seed, mark)
+    mix = jobs(count, seed, mark, hostile)
     async with CodeJudge(workers, level=level, execution_s=execution_s) as judge:
         started = time.perf_counter()
         results = await judge.run_batch([j.submission for j in mix], long=True)

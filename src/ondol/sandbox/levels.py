@@ -110,7 +110,10 @@ def check_level(wanted: str, where: str = "the recipe") -> None:
     if wanted not in LEVELS:
         raise OndolError(f"{where}: there is no sandbox level '{wanted}'", nearest(wanted, LEVELS))
     found = reached()
-    if found.level is None or LEVELS.index(found.level) < LEVELS.index(wanted):
+    if found.level is None:
+        why = found.why.get("rlimits", "unknown")
+        raise OndolError(f"no sandbox opens on this machine: {why}", "sandboxes need Linux; see docs/sandbox.md")
+    if LEVELS.index(found.level) < LEVELS.index(wanted):
         reasons = "; ".join(f"{level}: {text}" for level, text in found.why.items())
         raise OndolError(
             f"{where} requires sandboxes of level '{wanted}', and this machine reaches '{found.level}' ({reasons})",

@@ -14,4 +14,8 @@ _turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] 
 
 def turn() -> asyncio.Semaphore:
     """At most two running calls per core."""
-    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(2 * (os.cpu_count() or 1)))
+    loop = asyncio.get_running_loop()
+    found = _turns.get(loop)
+    if found is None:
+        found = _turns[loop] = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+    return found

@@ -48,10 +48,6 @@ class Sandboxed(Tool):
         check_level(self.require, f"the tool '{self.name}'")
         if self.level is None:
             found = reached()
-            if found.level is None:
-                raise OndolError(
-                    f"no sandbox opens on this machine ({found.why.get('rlimits')})", "see docs/sandbox.md; Linux only"
-                )
             return {"sandbox": found.level, "walls": found.walls}
         if LEVELS.index(self.level) < LEVELS.index(self.require):
             raise OndolError(

@@ -452,8 +452,10 @@ def dress(home: str, paths: list[str], program: str) -> None:
     os.environ.update(
         HOME=home, TMPDIR=f"{home}/.tmp", PATH=":".join(dict.fromkeys(folders)), PYTHONPATH=":".join(paths)
     )
+    import builtins
     import tempfile
 
+    builtins.exit = builtins.quit = sys.exit  # `site`, which we start without, gives these
     tempfile.tempdir = f"{home}/.tmp"
     for path in paths:
         if path not in sys.path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import linecache
 import os
 import sys
@@ -70,10 +71,8 @@ def failed(error: BaseException) -> str:
 def flush() -> None:
     """What was printed must have left before we say that we are done."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(BaseException):
             stream.flush()
-        except BaseException:
-            pass
 
 
 def reopen(stdin: bool = True) -> None:
