@@ -34,7 +34,7 @@ from ondol.sandbox.levels import try_level
 TIERS = ("monty", *LEVELS)
 CONTROL = "none"  # plain Python without a sandbox: shows that the attempts are real ones
 LIMITS = Limits(memory_mib=128, disk_mib=8, processes=32, output_bytes=1 << 16)
-CALL_S = 2.0
+CALL_S = 1.5
 
 
 @dataclass

@@ -52,7 +52,11 @@ class Launcher:
             if "kill" in message:
                 self.kill(message["kill"])
             elif descriptors:
-                self.open(message, descriptors[0])
+                try:
+                    self.open(message, descriptors[0])
+                except Exception as e:  # no memory to fork, say: this sandbox is lost, the others are not
+                    tell(descriptors[0], e)
+                os.close(descriptors[0])
         for number in list(self.boxes):
             self.kill(number)
 
@@ -119,7 +123,6 @@ class Launcher:
                 finally:
                     os._exit(1)
             self.boxes[message["box"]] = pid
-        os.close(descriptor)
 
     def load(self, name: str) -> None:
         if name not in sys.modules:
@@ -144,6 +147,7 @@ class Launcher:
                     try:
                         self.control.close()
                         message["home"] = walls.HOME
+                        socket.sethostname("sandbox")
                         walls.new_root(self.settings["visible"], message["disk_bytes"])
                         walls.drop_capabilities()
                         walls.no_new_privileges()

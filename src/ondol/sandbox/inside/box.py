@@ -224,7 +224,7 @@ class Box:
         if pid == 0:
             code = 1
             try:
-                # processor time: a second thread must not double what a call may use by much
+                # Processor time is limited too, for those whose processes use several cores at once.
                 self._become([source, out.write_end, err.write_end], cpu_s=int(limit_s) * 2 + 2)
                 work.seed_random(self.settings["seed"])
                 code = target()

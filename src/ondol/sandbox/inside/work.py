@@ -54,11 +54,11 @@ def run_program(code: str) -> int:
 
 
 def failed(error: BaseException) -> str:
-    """Print the traceback from the code's own frames on. Returns the kind."""
+    """Print the traceback, of the code's own frames: libraries' paths differ from machine to machine. Returns the kind."""
     memory = isinstance(error, MemoryError)
     try:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not f.filename.startswith(os.path.dirname(__file__) + "/")]
+        own = [f for f in frames if f.filename.startswith(("<cell", "<program"))]
         lines = ["Traceback (most recent call last):\n", *traceback.format_list(own[-SHOWN_FRAMES:])] if own else []
         lines += traceback.format_exception_only(type(error), error)
         sys.stdout.flush()
