@@ -240,7 +240,12 @@ class _Launcher:
             environment["TMPDIR"] = os.environ["TMPDIR"]
         with theirs:
             self._process = subprocess.Popen(
-                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd="/"
+                command,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
             )
         self._control, self._owner = ours, os.getpid()
         ours.send(json.dumps(settings()).encode())
@@ -284,7 +289,7 @@ def _package_paths() -> tuple[list[str], list[str]]:
     """Files and folders of PACKAGES and what they need, and the folders to search for them."""
     found: list[str] = []
     seen: set[str] = set()
-    queue = list(PACKAGES)
+    queue: list[str] = list(PACKAGES)
     while queue:
         name = queue.pop()
         if name in seen:

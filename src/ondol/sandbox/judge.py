@@ -71,8 +71,8 @@ class Submission:
                 raise ValueError(f"{name} must be a text")
         if len(data["solution"]) > _MOST_CHARS or len(data.get("input") or "") > 16 * _MOST_CHARS:
             raise ValueError("the submission is too long")
-        names = ("solution", "input", "expected_output")
-        return cls(**{n: data.get(n) for n in names}, sub_id=data.get("sub_id") or str(uuid.uuid4()))
+        own = data.get("sub_id") or str(uuid.uuid4())
+        return cls(data["solution"], data.get("input"), data.get("expected_output"), sub_id=own)
 
 
 @dataclass(frozen=True)

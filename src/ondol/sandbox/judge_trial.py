@@ -38,7 +38,7 @@ for _ in range(3):
         os._exit(0)
 print('left')
 """
-_MULTIPLYING = "import os, time\nfor _ in range(7): os.fork()\ntime.sleep(0.3)\nprint('done')"
+_MULTIPLYING = "import os, time\nfor _ in range(7): os.fork()\nprint('done', flush=True)\ntime.sleep(0.3)"
 
 
 @dataclass(frozen=True)
