@@ -188,7 +188,9 @@ class Launcher:
         for device in walls.DEVICES:
             arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
         arguments += ["--size", str(message["disk_bytes"]), "--tmpfs", walls.HOME, "--proc", "/proc"]
-        arguments += ["--symlink", f"{walls.HOME}/.tmp", "/tmp", "--symlink", f"{walls.HOME}/.tmp", "/dev/shm"]
+        arguments += ["--symlink", f"{walls.HOME}/.tmp", "/dev/shm"]
+        if not any(path.startswith("/tmp/") for path in s["visible"]):
+            arguments += ["--symlink", f"{walls.HOME}/.tmp", "/tmp"]
         arguments += ["--symlink", "/proc/self/fd", "/dev/fd", "--remount-ro", "/", "--clearenv"]
         for name, value in box.ENVIRONMENT.items():
             arguments += ["--setenv", name, value]

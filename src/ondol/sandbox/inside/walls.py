@@ -15,7 +15,7 @@ import stat
 import struct
 from collections.abc import Iterable
 
-HOME = "/home/agent"  # inside a new root; the only folder that can be written to
+HOME = "/agent"  # inside a new root; the only folder that can be written to
 USER = 1000  # who the code believes to be, inside a user namespace
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
@@ -237,7 +237,8 @@ def new_root(visible: Iterable[str], home_bytes: int) -> None:
         os.symlink(target, f"{base}/dev/{name}")
     os.makedirs(base + HOME)
     _mount("tmpfs", base + HOME, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=700,size={home_bytes},nr_inodes=20000")
-    os.symlink(f"{HOME}/.tmp", f"{base}/tmp")
+    if not os.path.exists(f"{base}/tmp"):  # it does when something visible lies there: Python, say
+        os.symlink(f"{HOME}/.tmp", f"{base}/tmp")
     os.mkdir(f"{base}/proc")
     # Masked parts of the outer /proc (a container's) forbid a new one; then there is none, which is safe.
     with contextlib.suppress(OSError):
