@@ -29,7 +29,10 @@ T = TypeVar("T")
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
         "calculator": "ondol.tools.calculator:Calculator",
+        "cpython": "ondol.tools.cpython:CPython",
+        "files": "ondol.tools.files:Files",
         "python": "ondol.tools.python:Python",
+        "shell": "ondol.tools.shell:Shell",
     },
     "tasks": {
         "arithmetic": "ondol.tasks.arithmetic:Arithmetic",

@@ -19,7 +19,13 @@ from ondol.tools.base import Tool, call_tool
 from ondol.tools.calculator import evaluate, plain
 
 TOOLS = sorted(parts.BUILT_IN["tools"])
-SIMPLE = {"python": "6 * 7", "calculator": "6 * 7"}  # a main argument that must work
+SIMPLE: dict[str, tuple[str, ...]] = {  # main arguments that must work, the last of them with the answer 42
+    "python": ("6 * 7",),
+    "calculator": ("6 * 7",),
+    "cpython": ("6 * 7",),
+    "files": ("write a.txt\n42\n", "read a.txt"),
+    "shell": ("echo 42",),
+}
 
 
 def call(tool: Tool, *calls: ToolCall) -> list[ToolResult]:
@@ -54,7 +60,7 @@ def test_schema(name):
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_simple_call(name):
     tool = parts.make("tools", name)
-    (result,) = call(tool, main(tool, SIMPLE[name]))
+    *_, result = call(tool, *(main(tool, text) for text in SIMPLE[name]))
     assert (result.text, result.ok, result.kind) == ("42", True, "ok") and 0 < result.seconds < 30
 
 
@@ -86,7 +92,7 @@ def test_bad_calls_are_data(name):
     )
 )
 def test_hostile_input(name, text):
-    tool = parts.make("tools", name)
+    tool = parts.make("tools", {"name": name, "timeout_s": 1})
     (result,) = call(tool, main(tool, text))
     assert result.kind in {"ok", "error", "memory", "timeout"} and result.seconds < 10
     result.text.encode()
@@ -154,11 +160,12 @@ def test_types(arguments, ok):
     assert result.ok is ok
 
 
-def test_python_keeps_state_unless_told_not_to():
+@pytest.mark.parametrize("name", ["python", "cpython"])
+def test_python_keeps_state_unless_told_not_to(name):
     codes = ["x = 41", "x + 1"]
-    tool = parts.make("tools", "python")
+    tool = parts.make("tools", name)
     assert call(tool, *(main(tool, c) for c in codes))[1].text == "42"
-    tool = parts.make("tools", {"name": "python", "stateful": False})
+    tool = parts.make("tools", {"name": name, "stateful": False})
     assert "NameError" in call(tool, *(main(tool, c) for c in codes))[1].text
 
 

@@ -11,8 +11,9 @@ from ondol.recipe import load_recipe, to_table
 def run(args: Namespace) -> int:
     recipe = load_recipe(args.recipe, args.set)
     recipe.task.check(8)
+    facts = recipe.env.facts()
     if args.json:
-        print_json({"ok": True, "recipe": to_table(recipe)})
+        print_json({"ok": True, "recipe": to_table(recipe), "tools": facts})
         return 0
     from ondol.store.toml import dump_toml
 
@@ -22,4 +23,6 @@ def run(args: Namespace) -> int:
         f"# '{recipe.name}' is right: {t.steps} steps of {t.prompts_per_step} prompts x {t.samples_per_prompt} samples."
     )
     print("# The task's verifier accepts its own answers and rejects near misses (8 problems tried).")
+    for name, given in facts.items():
+        print(f"# The tool '{name}': " + ", ".join(f"{key} {value}" for key, value in given.items()) + ".")
     return 0

@@ -21,7 +21,7 @@ _EXTRAS = {"peft": "lora", "reasoning_gym": "tasks", "math_verify": "tasks", "op
 def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = [{"what": "python", "state": "ok", "detail": platform.python_version()}]
     rows += _torch()
-    rows += [_model(), _sandbox()]
+    rows += [_model(), _sandbox(), *_levels()]
     for module, extra in _EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         rows.append(
@@ -79,3 +79,20 @@ def _sandbox() -> dict[str, Any]:
         return {"what": "python sandbox", "state": "failed", "detail": str(e)}
     state = "ok" if answer.strip() == "42" else "failed"
     return {"what": "python sandbox", "state": state, "detail": f"Monty, separate process; 6 * 7 gave {answer.strip()}"}
+
+
+def _levels() -> list[dict[str, Any]]:
+    """The level of real sandboxes that works here, and for each stronger one why it does not."""
+    from ondol.sandbox.levels import reached
+
+    found = reached()
+    rows = [{"what": "real sandbox", "state": "ok" if found.level else "failed", "detail": _reached(found)}]
+    for level, why in found.why.items():
+        rows.append({"what": f"sandbox level {level}", "state": "absent", "detail": why})
+    return rows
+
+
+def _reached(found: Any) -> str:
+    if found.level is None:
+        return "cpython, shell and files do not work here"
+    return f"{found.level}: {found.walls}; for cpython, shell, files and the code judge"

@@ -97,6 +97,7 @@ def _start(args: Namespace, console: Console) -> int:
         raise OndolError("--rollout-only samples and --from-dump does not", "give one of them")
     recipe = load_recipe(args.recipe, args.set)
     recipe.task.check(4)
+    recipe.env.facts()  # what it requires of this machine
     dump = _dump(args)
     if dump is not None:
         from ondol.train.dump import read_trajectories

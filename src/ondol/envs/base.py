@@ -75,6 +75,10 @@ class Env(Part):
         """Tool schemas that the chat template is given."""
         return []
 
+    def facts(self) -> dict[str, Any]:
+        """What this machine gives the environment, for the record of a run. Raises OndolError where it needs more."""
+        return {}
+
     def episode(
         self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
     ) -> Episode:

@@ -57,6 +57,9 @@ class ToolEnv(Env):
     def _by_name(self) -> dict[str, Tool]:
         return {t.name: t for t in self.tools}
 
+    def facts(self) -> dict[str, Any]:
+        return {tool.name: facts for tool in self.tools if (facts := tool.facts())}
+
     def call_style(self, renderer: Any) -> CallStyle | None:
         if not self.tools:
             return None

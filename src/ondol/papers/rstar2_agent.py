@@ -3,7 +3,7 @@
 Arms: GRPO-RoC, which samples 16 of a prompt and trains on 8, and GRPO with 8 and the paper's other settings (clip-higher,
 token mean, no KL, groups of equal reward left out), which is what GRPO-RoC does where it keeps all it samples. In three of ten calls that the warm
 start shows, a call fails first and is made again, and such an episode ends as well as any other: the outcome alone does
-not tell them apart. The code-judge service and the scheduler have no code here yet.
+not tell them apart. The code judge is tried as a study, without a model. The scheduler has no code here yet.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def _arms() -> Sequence[Arm]:
     )
 
 
+def _code_judge(comparison: Comparison, seed: int, folder: Path) -> dict[str, float]:
+    """The mix of 500 jobs, 40 of them hostile, for 4 workers; and 200 healthy ones over HTTP, singly and in batches."""
+    import asyncio
+
+    from ondol.sandbox.judge_trial import batches, verdicts
+
+    return asyncio.run(verdicts(500, seed)) | asyncio.run(batches(200, seed))
+
+
 def _not_made(comparison: Comparison, seed: int, folder: Path) -> dict[str, float]:
     """Nothing is measured of what is not made."""
     return {}
@@ -58,7 +67,12 @@ def _score(m: Measured) -> Outcome:
 
 def _judge(m: Measured) -> Outcome:
     right, faster = m.mean("code_judge", "right_reasons"), m.mean("code_judge", "batch_speedup")
-    return Outcome(right >= 1 and faster >= 2, f"right reasons {right:.2f}, batches {faster:.1f} times as fast")
+    healthy, orphans = m.mean("code_judge", "healthy_right"), m.mean("code_judge", "orphans")
+    return Outcome(
+        right >= 1 and healthy >= 1 and orphans == 0 and faster >= 2,
+        f"right reasons {right:.3f}, healthy jobs right {healthy:.3f}, {orphans:.0f} processes left behind, "
+        f"batches {faster:.1f} times as fast",
+    )
 
 
 def _scheduler(m: Measured) -> Outcome:
@@ -86,8 +100,9 @@ PAPER = Paper(
         Claim(
             text="The code-judge service gives each job its reason, and batches pay",
             paper="45,000 concurrent calls a step, 0.3 s mean latency",
-            how=_LATER.format("the code-judge service"),
-            must="500 jobs, 40 of them hostile: all reasons right; batches at least 2 times as fast as single calls",
+            how="500 jobs, of which 10 loop, 10 take memory, 10 are no Python and 10 fork, 4 workers; 200 healthy ones over "
+            "HTTP on loopback, one call after the other and through the batching client",
+            must="all reasons right, healthy jobs unharmed, no process left; batches at least 2 times as fast as single calls",
             judge=_judge,
         ),
         Claim(
@@ -100,7 +115,7 @@ PAPER = Paper(
     ),
     arms=_arms,
     measure=tool_sums.measure,
-    studies={"code_judge": _not_made, "scheduler": _not_made},
+    studies={"code_judge": _code_judge, "scheduler": _not_made},
     scales={
         "laptop": "sums in several turns with a calculator, a model from scratch, 100 steps of 8 prompts x 8 trained samples, 2 arms",
         "gpu": "SmolLM2-135M-Instruct, Hermes tool calls, reasoning-gym arithmetic, 16 -> 8 samples, 60 steps; one GPU",

@@ -22,7 +22,6 @@ import re
 import shlex
 import shutil
 import tempfile
-import weakref
 from collections import OrderedDict
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 
 from ondol.errors import OndolError
 from ondol.records import ToolResult
+from ondol.sandbox.turns import TURN_S, turn
 
 MAX_WORKERS = 128  # worker processes that sessions may hold between their calls
 CLOCK = datetime(2025, 1, 1, 12, 0, 0)
@@ -40,7 +40,6 @@ CUT = "\n...(truncated)...\n"
 _OUTPUT_BYTES = 1 << 20  # printed per call; a flood must not fill our memory
 _GRACE_S = 2.0  # beyond the sandbox's own limit, and its pool's (1 s more), before we give a call up ourselves
 _WORKER_S = 15.0  # for a worker to start, to restore a session or to hand it back
-TURN_S = 120.0  # for a call to wait for its turn
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -73,7 +72,7 @@ class MontySession:
         started = perf_counter()
         sink = CollectString(max_bytes=_OUTPUT_BYTES)
         try:
-            async with asyncio.timeout(TURN_S + self.timeout_s), _turn(), self._lock:
+            async with asyncio.timeout(TURN_S + self.timeout_s), turn(), self._lock:
                 kind, last = await self._call(code, sink)
         except TimeoutError:
             kind, last = "timeout", "TimeoutError: no sandbox was free"
@@ -228,12 +227,6 @@ class _Workers:
 
 
 _workers = _Workers()
-_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
-
-
-def _turn() -> asyncio.Semaphore:
-    """At most two running calls per core: with more, limits in wall time would hit code that is merely waiting."""
-    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(2 * (os.cpu_count() or 1)))
 
 
 def _split(code: str) -> tuple[str, str]:

@@ -100,6 +100,21 @@ class Run:
             raise
         return cls(path, db, lock)
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """Add to what is known of the run's environment: to environment.json, and an event, since a resumed run may have
+        moved. Nothing is done for no facts."""
+        if not facts:
+            return
+        place = self.path / "environment.json"
+        try:
+            known = json.loads(place.read_text(encoding="utf-8"))
+            part = place.with_name(place.name + ".part")
+            part.write_text(json.dumps({**known, **facts}, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, place)
+        except (OSError, ValueError) as e:
+            raise OndolError(f"{place} cannot be written again: {e}", "free space, or start a new run") from e
+        self.db.event("facts", **facts)
+
     @staticmethod
     def find(root: Path, text: str) -> Path:
         """The run that `text` means: "last", a path, a folder's name, its label, or a unique beginning or end of it.

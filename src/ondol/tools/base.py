@@ -50,6 +50,10 @@ class Tool(Part):
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
+    def facts(self) -> dict[str, Any]:
+        """What this machine gives the tool, for the record of a run. Raises OndolError where the tool needs more."""
+        return {}
+
     def session(self, trajectory_id: str) -> ToolSession:
         """A fresh session. `trajectory_id` seeds whatever the tool draws at random."""
         raise NotImplementedError

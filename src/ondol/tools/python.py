@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ondol.records import ToolResult
-from ondol.sandbox.monty import TURN_S, MontySession
+from ondol.sandbox.monty import MontySession
+from ondol.sandbox.turns import TURN_S
 from ondol.tools.base import Tool
 
 

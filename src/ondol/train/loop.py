@@ -93,6 +93,8 @@ class Trainer:
         try:
             with self.interrupt:
                 check_prompts(self.recipe, self.loaded)
+                if tools := self.recipe.env.facts():
+                    self.run.add_facts({"tools": tools})
                 if self.dump is not None:
                     check_tokens(self.loaded, self.dump, "the dump")
                 self._restore()
