@@ -29,7 +29,10 @@ T = TypeVar("T")
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
         "calculator": "ondol.tools.calculator:Calculator",
+        "isolated": "ondol.tools.isolated:Isolated",
+        "mcp": "ondol.tools.mcp:McpTools",
         "python": "ondol.tools.python:Python",
+        "remote": "ondol.tools.remote:RemoteTools",
     },
     "tasks": {
         "arithmetic": "ondol.tasks.arithmetic:Arithmetic",
