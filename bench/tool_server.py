@@ -88,7 +88,9 @@ class Trajectory:
             return
         if expected == "add":
             self.sum = (self.sum or 0) + self.values[k]
-            right = said.removeprefix("<result>").removesuffix("</result>").replace(RESTARTED, "").strip() == str(self.sum)
+            right = said.removeprefix("<result>").removesuffix("</result>").replace(RESTARTED, "").strip() == str(
+                self.sum
+            )
             if RESTARTED in said and self.sum != self.values[k]:
                 right = False
         elif expected == "raise":
@@ -128,7 +130,9 @@ def descendants(pid: int) -> dict[int, str]:
         level = {p for p, parent in parents.items() if parent in level}
         for p in level:
             try:
-                found[p] = (Path("/proc") / str(p) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                found[p] = (
+                    (Path("/proc") / str(p) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                )
             except OSError:
                 continue
     return found
@@ -195,7 +199,9 @@ def measure(count: int, seed: int) -> dict[str, Any]:
             if left["trajectories"] == 0:
                 break
             time.sleep(0.1)
-        memory = int(next(x for x in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in x).split()[1])
+        memory = int(
+            next(x for x in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in x).split()[1]
+        )
         below = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         status = process.wait(30)

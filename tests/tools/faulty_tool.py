@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -59,10 +60,8 @@ class FaultySession:
             case "stubborn":  # does not care that it is cancelled
                 until = time.monotonic() + 3
                 while time.monotonic() < until:
-                    try:
+                    with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.sleep(until - time.monotonic())
-                    except asyncio.CancelledError:
-                        pass
             case "rubbish":
                 return 5
             case "number":

@@ -1,6 +1,6 @@
 """A small MCP server for tests of what goes wrong: slow to start, dying in the middle of a call, hanging, failing.
 
-    python flaky_server.py [--slow SECONDS] [--die-at-start]
+python flaky_server.py [--slow SECONDS] [--die-at-start]
 """
 
 from __future__ import annotations

@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(150)
 def test_every_answer_is_right_and_in_place(tmp_path: Path):
     output = tmp_path / "result.json"
-    command = [sys.executable, ROOT / "bench/tool_server.py", "--trajectories", "100", "--seed", "1", "--output", output]
+    command = [
+        sys.executable,
+        ROOT / "bench/tool_server.py",
+        "--trajectories",
+        "100",
+        "--seed",
+        "1",
+        "--output",
+        output,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert output.exists(), done.stderr[-2000:]
     result = json.loads(output.read_text())

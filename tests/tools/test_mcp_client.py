@@ -13,15 +13,15 @@ import pytest
 
 pytest.importorskip("mcp", reason="pip install 'ondol[mcp]'")
 
-from mcp_servers import program  # noqa: E402
+from mcp_servers import program
 
-from ondol.envs.tool import ToolEnv  # noqa: E402
-from ondol.errors import OndolError  # noqa: E402
-from ondol.parts import make  # noqa: E402
-from ondol.recipe import load_recipe, to_table  # noqa: E402
-from ondol.records import ToolCall, ToolResult  # noqa: E402
-from ondol.tools.base import Tool, call_tool  # noqa: E402
-from ondol.tools.mcp import RESTARTED  # noqa: E402
+from ondol.envs.tool import ToolEnv
+from ondol.errors import OndolError
+from ondol.parts import make
+from ondol.recipe import load_recipe, to_table
+from ondol.records import ToolCall, ToolResult
+from ondol.tools.base import Tool, call_tool
+from ondol.tools.mcp import RESTARTED
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -107,7 +107,9 @@ def test_git(tmp_path: Path):
 
 
 def test_filesystem():
-    known = tools([real("mcp-server-filesystem"), "{folder}"], only=["list_allowed_directories", "write_file", "read_text_file"])
+    known = tools(
+        [real("mcp-server-filesystem"), "{folder}"], only=["list_allowed_directories", "write_file", "read_text_file"]
+    )
 
     async def go() -> tuple[str, ToolResult, ToolResult, ToolResult]:
         sessions = {n: t.session("t") for n, t in known.items()}
@@ -153,7 +155,9 @@ def test_everything():
 def test_a_crash_harms_its_own_call():
     known = tools(FLAKY)
     before = children()
-    results = call(known, ("count", {"text": ""}), ("count", {"text": ""}), ("crash", {"text": ""}), ("count", {"text": ""}))
+    results = call(
+        known, ("count", {"text": ""}), ("count", {"text": ""}), ("crash", {"text": ""}), ("count", {"text": ""})
+    )
     assert [r.text for r in results[:2]] == ["1", "2"]
     assert results[2].kind == "crashed" and "ended during the call" in results[2].text
     assert results[3].ok and results[3].text == f"1\n{RESTARTED}"

@@ -94,7 +94,15 @@ def test_what_verltools_client_sends_and_gets(url: str):
     assert said["processing_time_ms"] > 0 and said["queue_time_ms"] >= 0
     finish = post(url + "/get_observation", {"trajectory_ids": ["1", "2"], "actions": ["", ""], "finish": [True, True]})
     assert finish.json()["dones"] == [True, True] and no_state_left(url)
-    verl = {"status", "concurrent_requests", "thread_pool_size", "active_tasks", "max_concurrent", "tools", "uptime_seconds"}
+    verl = {
+        "status",
+        "concurrent_requests",
+        "thread_pool_size",
+        "active_tasks",
+        "max_concurrent",
+        "tools",
+        "uptime_seconds",
+    }
     assert verl <= set(health(url)) and health(url)["tools"][-1] == "finish"
 
 
@@ -129,7 +137,9 @@ def test_other_refusals(url: str):
 
 
 def test_control_characters_are_stripped(url: str):
-    reply = post(url + "/get_observation", {"trajectory_ids": ["c\x001"], "actions": ["<python>6 *\x00\x08 7</python>"]})
+    reply = post(
+        url + "/get_observation", {"trajectory_ids": ["c\x001"], "actions": ["<python>6 *\x00\x08 7</python>"]}
+    )
     assert reply.json()["observations"] == ["<result>42</result>"]
     assert post(url + "/finish", {"trajectory_ids": ["c1"]}).json() == {"finished": 1}
 
@@ -309,7 +319,9 @@ def test_told_to_stop_it_lets_calls_end(number: signal.Signals):
             time.sleep(0.02)
         process.send_signal(number)
         for _ in range(50):
-            if (refused := post(url + "/call", {**body, "trajectory_id": "b", "arguments": {"what": "count"}})).status_code != OK:
+            if (
+                refused := post(url + "/call", {**body, "trajectory_id": "b", "arguments": {"what": "count"}})
+            ).status_code != OK:
                 break
             time.sleep(0.01)
         assert refused.status_code == 503 and "closing" in refused.json()["detail"] and refused.headers["retry-after"]

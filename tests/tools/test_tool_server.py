@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import faulty_tool
 import pytest
@@ -185,15 +185,15 @@ def test_finish_forgets_and_cancels():
         await server.call("bad-close", faulty("count"))
         hanging = asyncio.create_task(server.call("a", faulty("hang")))
         await server.call("b", faulty("count"))
-        assert faulty_tool.OPEN == {"a", "b", "bad-close"}
+        assert {"a", "b", "bad-close"} == faulty_tool.OPEN
         assert await server.finish("a") and not await server.finish("a") and await server.finish("bad-close")
         result, _ = await hanging
-        assert result.kind == "crashed" and "finished" in result.text and faulty_tool.OPEN == {"b"}
+        assert result.kind == "crashed" and "finished" in result.text and {"b"} == faulty_tool.OPEN
         # Another client's trajectory of the same id is another one.
         assert (await server.call("b", faulty("count"), "other"))[0].text == "1"
 
     serve(work, Faulty(timeout_s=30))
-    assert faulty_tool.OPEN == set()
+    assert set() == faulty_tool.OPEN
 
 
 def test_forgotten_trajectories_are_forgotten():
@@ -284,9 +284,17 @@ def test_python_actions(text: str, call: str, style: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "<python>a", "```python\na", "```js\na\n```", "<tool_call>{}</tool_call>", "<tool_call>[1]</tool_call>"]
-    + ['<tool_call>{"name": "other", "arguments": {}}</tool_call>', "<tool_call>" + "[" * 100_000 + "</tool_call>"]
-    + ['<tool_call>{"name": "python", "arguments": ' + '{"a":' * 100 + "1" + "}" * 100 + "}</tool_call>"],
+    [
+        "",
+        "<python>a",
+        "```python\na",
+        "```js\na\n```",
+        "<tool_call>{}</tool_call>",
+        "<tool_call>[1]</tool_call>",
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+        "<tool_call>" + "[" * 100000 + "</tool_call>",
+        '<tool_call>{"name": "python", "arguments": ' + '{"a":' * 100 + "1" + "}" * 100 + "}</tool_call>",
+    ],
 )
 def test_no_action(text: str):
     assert find_blocks(text, "python", "code", ("python", "py")) is None
@@ -302,7 +310,7 @@ def test_actions_are_found_in_linear_time():
 
 def test_call_tool_takes_richer_schemas():
     class Rich(Faulty):
-        parameters = {
+        parameters: ClassVar[dict[str, Any]] = {
             "type": "object",
             "properties": {"what": {"type": ["string", "null"]}, "n": {"anyOf": [{"type": "integer"}]}},
             "additionalProperties": True,

@@ -208,9 +208,15 @@ def parser() -> argparse.ArgumentParser:
         "serve tools over HTTP (VerlTool's batch API, and MCP at /mcp) or, with --stdio, to one MCP client",
         "ondol tools serve --tools python,calculator --port 8765",
     )
-    c.add_argument("--tools", default=None, metavar="NAMES", help="which, separated by commas (default: python,calculator)")
     c.add_argument(
-        "--tool", action="append", default=[], metavar="TABLE", help='one with settings: {name = "python", timeout_s = 5}'
+        "--tools", default=None, metavar="NAMES", help="which, separated by commas (default: python,calculator)"
+    )
+    c.add_argument(
+        "--tool",
+        action="append",
+        default=[],
+        metavar="TABLE",
+        help='one with settings: {name = "python", timeout_s = 5}',
     )
     c.add_argument(
         "--in-process", action="store_true", help="run tools of your own (module:Class) in the server, not in processes"
@@ -225,7 +231,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--idle", type=float, default=3600, metavar="S", help="forget a trajectory unused for so long")
     c.add_argument("--request-timeout", type=float, default=None, metavar="S", help="of one batch (default: none)")
     c.add_argument("--grace", type=float, default=30, metavar="S", help="for calls at work when told to stop")
-    c.add_argument("--done-if-invalid", action="store_true", help="an action that no tool understands ends its trajectory")
+    c.add_argument(
+        "--done-if-invalid", action="store_true", help="an action that no tool understands ends its trajectory"
+    )
 
     command("doctor", "doctor", "what this machine and installation can do", "ondol doctor")
     return p

@@ -12,7 +12,7 @@ from ondol.envs.base import Env, StepResult
 from ondol.parts import make, names
 from ondol.records import Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
-from ondol.tools.base import Tool, Toolset, ToolSession, call_tool, unpack
+from ondol.tools.base import Tool, ToolSession, Toolset, call_tool, unpack
 from ondol.tools.calls import CallStyle, Json, Tags
 
 TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."

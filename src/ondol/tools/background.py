@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -71,7 +72,5 @@ def _close() -> None:
     async def close_all() -> None:
         await asyncio.wait_for(asyncio.gather(*(c() for c in _closers), return_exceptions=True), _EXIT_S)
 
-    try:
+    with contextlib.suppress(Exception):  # the process is ending; nobody is left to tell
         asyncio.run_coroutine_threadsafe(close_all(), _loop).result(_EXIT_S + 1)
-    except Exception:
-        pass  # the process is ending; nobody is left to tell

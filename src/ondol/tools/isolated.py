@@ -189,5 +189,5 @@ class _Zygote:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-            await asyncio.to_thread(self._process.wait, _CLOSE_S)
+            self._process.wait(_CLOSE_S)  # not in a thread: when the process ends there are none any more
         self._control = self._process = None

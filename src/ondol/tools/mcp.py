@@ -27,7 +27,7 @@ from ondol.records import ToolResult
 from ondol.sandbox.monty import clean
 from ondol.tools import background
 from ondol.tools.actions import printable
-from ondol.tools.base import Tool, Toolset, ToolSession
+from ondol.tools.base import Tool, ToolSession, Toolset
 from ondol.tools.remote import described_class
 
 RESTARTED = "(the server was started again: what it remembered is gone)"
@@ -40,7 +40,9 @@ _STARTING = 2 * (os.cpu_count() or 1)  # servers that start at once; more would 
 class McpTools(Toolset):
     """The tools of an MCP server, over stdio (`command`) or streamable HTTP (`url`)."""
 
-    command: tuple[str, ...] = Field(default=(), description='program and arguments that start it, e.g. ["mcp-server-time"]')
+    command: tuple[str, ...] = Field(
+        default=(), description='program and arguments that start it, e.g. ["mcp-server-time"]'
+    )
     url: str = Field(default="", description="or where it listens, e.g. http://127.0.0.1:8765/mcp")
     env: dict[str, str] = Field(default={}, description="environment variables of the command, beside a few basic ones")
     cwd: str | None = Field(default=None, description="folder that the command runs in")
@@ -267,7 +269,9 @@ class _Connection:
         try:
             return await asyncio.shield(opened)
         except MCPError as e:
-            if mode == "legacy" and e.code == UNSUPPORTED_PROTOCOL_VERSION:  # a server of the sessionless protocol alone
+            if (
+                mode == "legacy" and e.code == UNSUPPORTED_PROTOCOL_VERSION
+            ):  # a server of the sessionless protocol alone
                 await self._end()
                 return await self._open("auto")
             raise
@@ -295,7 +299,9 @@ class _Connection:
 
             token = os.environ.get(server.token_env) if server.token_env else None
             if server.token_env and not token:
-                raise OndolError(f"the environment variable {server.token_env} is not set", "it holds the server's token")
+                raise OndolError(
+                    f"the environment variable {server.token_env} is not set", "it holds the server's token"
+                )
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             timeout = httpx2.Timeout(server.start_s, read=server.timeout_s + server.start_s)
             async with httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=False) as http:
@@ -316,7 +322,7 @@ class _Connection:
             )
             yield stdio_client(parameters, errlog=self._log)
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # not in a thread: when the process ends there are none any more
 
     async def _end(self) -> None:
         task, self._task = self._task, None

@@ -15,7 +15,7 @@ Text = Annotated[str, Field(max_length=4 << 20)]
 class ObservationRequest(BaseModel):
     """VerlTool's batch: entry i of every list belongs together."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     trajectory_ids: list[Id] = Field(min_length=1, description="whose turn it is; state is kept by this id")
     actions: list[Text] = Field(min_length=1, description="the text of each turn, up to the end of its call")
@@ -48,7 +48,7 @@ class ObservationReply(BaseModel):
 class CallRequest(BaseModel):
     """One call of a tool by name."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     trajectory_id: Id = Field(description="state is kept by this id, within `client`")
     tool: Id
@@ -70,7 +70,7 @@ class CallReply(BaseModel):
 class FinishRequest(BaseModel):
     """Trajectories to forget."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     trajectory_ids: list[Id] = Field(min_length=1)
     client: Id = ""
