@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TABLE",
-        help='one with settings: {name = "python", timeout_s = 5}',
+        help='one more, with settings: {name = "python", timeout_s = 5}',
     )
     c.add_argument(
         "--in-process", action="store_true", help="run tools of your own (module:Class) in the server, not in processes"

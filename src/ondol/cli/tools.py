@@ -63,6 +63,9 @@ def _tools(args: Namespace) -> tuple[Tool, ...]:
     listed = args.tools if args.tools is not None or args.tool else _DEFAULT
     entries: list[Any] = [name.strip() for name in (listed or "").split(",") if name.strip()]
     for text in args.tool:
+        if not text.lstrip().startswith("{"):
+            entries.append(text.strip())
+            continue
         try:
             entries.append(tomllib.loads(f"v = {text}")["v"])
         except tomllib.TOMLDecodeError as e:

@@ -16,8 +16,9 @@ import socket
 import sys
 from typing import Any
 
+from ondol.errors import OndolError
 from ondol.parts import find, make
-from ondol.records import ToolCall
+from ondol.records import ToolCall, ToolResult
 from ondol.tools.base import Tool, call_tool
 
 MAX_LINE = 64 << 20  # bytes of a call or a result
@@ -65,7 +66,10 @@ async def serve(sock: socket.socket, table: Any, trajectory_id: str) -> None:
         while line := await reader.readline():
             call = json.loads(line)
             session = session or tool.session(trajectory_id)
-            result = await call_tool(session, tool, ToolCall(tool.name, call["arguments"]))
+            try:
+                result = await call_tool(session, tool, ToolCall(tool.name, call["arguments"]))
+            except OndolError as e:
+                result = ToolResult(f"{tool.name} cannot work: {e}"[:500], False, "crashed")
             await say({"text": result.text, "ok": bool(result.ok), "kind": str(result.kind)})
     except Exception as e:
         await say({"text": f"the tool cannot work: {type(e).__name__}: {e}"[:500], "ok": False, "kind": "crashed"})

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -76,6 +77,8 @@ class McpTools(Toolset):
 
     @cached_property
     def _tools(self) -> tuple[Tool, ...]:
+        if find_spec("mcp") is None:
+            raise OndolError("the tools of MCP servers need the package 'mcp'", "pip install 'ondol[mcp]'")
         try:
             listed = background.wait(self._hub.list_tools(), self.start_s + _CLOSE_S + _SLACK_S)
         except TimeoutError as e:
@@ -129,6 +132,7 @@ class _Hub:
         self.server = server
         self.connections: dict[str, _Connection] = {}
         self.users: dict[str, set[ToolSession]] = {}
+        self.spare: _Connection | None = None  # what listed the tools: the first trajectory's
         self.starting = asyncio.Semaphore(_STARTING)
         background.at_exit(self.close)
 
@@ -143,20 +147,24 @@ class _Hub:
                     cursor = page.next_cursor
                     if cursor is None:
                         break
+            if self.server.command:  # a session over HTTP costs nothing, and might be gone when it is wanted
+                self.spare = connection
             return found
         except (TimeoutError, OndolError):
             raise
         except Exception as e:
             raise connection.failure(e) from e
         finally:
-            await connection.close()
+            if self.spare is not connection:
+                await connection.close()
 
     async def call(self, key: str, user: ToolSession, tool: str, arguments: dict[str, Any]) -> ToolResult:
         server = self.server
         self.users.setdefault(key, set()).add(user)
         connection = self.connections.get(key)
         if connection is None:
-            connection = self.connections[key] = _Connection(server, self.starting)
+            connection, self.spare = self.spare or _Connection(server, self.starting), None
+            self.connections[key] = connection
         try:
             client = await connection.client()
         except TimeoutError:
@@ -190,6 +198,8 @@ class _Hub:
 
     async def close(self) -> None:
         connections, self.connections = list(self.connections.values()), {}
+        if self.spare is not None:
+            connections.append(self.spare)
         await asyncio.gather(*(c.close() for c in connections))
 
 
@@ -217,7 +227,7 @@ class _Connection:
                         self._client = await self._open("legacy")
                 except Exception as e:
                     await self._end()
-                    if isinstance(e, TimeoutError):
+                    if isinstance(e, (TimeoutError, OndolError)):
                         raise
                     raise self.failure(e) from e
             return self._client
@@ -239,7 +249,8 @@ class _Connection:
         import anyio
         from mcp_types import CONNECTION_CLOSED
 
-        if getattr(getattr(e, "error", None), "code", None) == CONNECTION_CLOSED:
+        error = getattr(e, "error", None)
+        if getattr(error, "code", None) == CONNECTION_CLOSED or getattr(error, "message", "") == "Session terminated":
             return True
         broken = (ConnectionError, anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream)
         return isinstance(e, broken) or self._task is None or self._task.done()

@@ -287,6 +287,8 @@ def _mcp_manager(server: ToolServer) -> Any:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket (port 0: a free one)."""
+    if not 0 <= port <= 65535:
+        raise OndolError(f"cannot listen at port {port}", "choose a --port up to 65535 (0: any free one)")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
