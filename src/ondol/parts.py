@@ -31,7 +31,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "calculator": "ondol.tools.calculator:Calculator",
         "cpython": "ondol.tools.cpython:CPython",
         "files": "ondol.tools.files:Files",
+        "isolated": "ondol.tools.isolated:Isolated",
+        "mcp": "ondol.tools.mcp:McpTools",
         "python": "ondol.tools.python:Python",
+        "remote": "ondol.tools.remote:RemoteTools",
         "shell": "ondol.tools.shell:Shell",
     },
     "tasks": {

@@ -17,6 +17,7 @@ _EPILOG = """examples:
   ondol show last --trajectories 3            what the model wrote, what the tools answered
   ondol chat last                             talk to the trained model, with its tools
   ondol compare grpo dapo --recipe tiny-addends    methods beside each other
+  ondol tools serve --tools python            tools behind a server: VerlTool's API, and MCP
   ondol papers                                which paper's claim holds at a scale you can afford
 """
 
@@ -192,6 +193,47 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--new", type=int, default=32, help="tokens sampled after it")
     c.add_argument("--batch", type=int, default=64, help="most rows sampled at once")
     c.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+
+    c = command("tools", "tools", "the tools, and a server for them", "ondol tools serve --tools python --port 8765")
+    actions = c.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        a = actions.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+        a.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="JSON instead of text for people")
+        return a
+
+    action("list", "the tools that a recipe can name", "ondol tools list")
+    c = action(
+        "serve",
+        "serve tools over HTTP (VerlTool's batch API, and MCP at /mcp) or, with --stdio, to one MCP client",
+        "ondol tools serve --tools python,calculator --port 8765",
+    )
+    c.add_argument(
+        "--tools", default=None, metavar="NAMES", help="which, separated by commas (default: python,calculator)"
+    )
+    c.add_argument(
+        "--tool",
+        action="append",
+        default=[],
+        metavar="TABLE",
+        help='one more, with settings: {name = "python", timeout_s = 5}',
+    )
+    c.add_argument(
+        "--in-process", action="store_true", help="run tools of your own (module:Class) in the server, not in processes"
+    )
+    c.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine only with a token")
+    c.add_argument("--port", type=int, default=0, help="0 (default): any free one; it is printed")
+    c.add_argument("--token", default=None, help="every request must carry it (or set $ONDOL_TOOLS_TOKEN)")
+    c.add_argument("--stdio", action="store_true", help="speak MCP over stdin and stdout instead of HTTP")
+    c.add_argument("--no-mcp", action="store_true", help="do not serve MCP at /mcp")
+    c.add_argument("--max-running", type=int, default=64, metavar="N", help="calls at work at once (default: 64)")
+    c.add_argument("--max-waiting", type=int, default=8192, metavar="N", help="more than these waiting are refused")
+    c.add_argument("--idle", type=float, default=3600, metavar="S", help="forget a trajectory unused for so long")
+    c.add_argument("--request-timeout", type=float, default=None, metavar="S", help="of one batch (default: none)")
+    c.add_argument("--grace", type=float, default=30, metavar="S", help="for calls at work when told to stop")
+    c.add_argument(
+        "--done-if-invalid", action="store_true", help="an action that no tool understands ends its trajectory"
+    )
 
     command("doctor", "doctor", "what this machine and installation can do", "ondol doctor")
     return p

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,7 +12,7 @@ from ondol.envs.base import Env, StepResult
 from ondol.parts import make, names
 from ondol.records import Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
-from ondol.tools.base import Tool, ToolSession, call_tool
+from ondol.tools.base import Tool, ToolSession, Toolset, call_tool, unpack
 from ondol.tools.calls import CallStyle, Json, Tags
 
 TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
@@ -42,42 +41,43 @@ class ToolEnv(Env):
     def _make_tools(cls, value: Any) -> tuple[Tool, ...]:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f'a list of tools, e.g. ["python"]; known: {", ".join(names("tools"))}')
-        return tuple(v if isinstance(v, Tool) else make("tools", v, "env.tools") for v in value)
+        return tuple(v if isinstance(v, (Tool, Toolset)) else make("tools", v, "env.tools") for v in value)
 
     @model_validator(mode="after")
     def _consistent(self) -> ToolEnv:
-        seen = [t.name for t in self.tools]
-        if len(set(seen)) < len(seen):
-            raise ValueError(f"two tools are called the same: {', '.join(seen)}")
-        if self.tools and self.max_turns < 2:
+        if self._tools and self.max_turns < 2:
             raise ValueError("with tools max_turns must be at least 2: one to call, one to answer")
         return self
 
-    @cached_property
+    @property
+    def _tools(self) -> tuple[Tool, ...]:
+        return unpack(self.tools)  # an entry may stand for several: all of a server's
+
+    @property
     def _by_name(self) -> dict[str, Tool]:
-        return {t.name: t for t in self.tools}
+        return {t.name: t for t in self._tools}
 
     def facts(self) -> dict[str, Any]:
         return {tool.name: facts for tool in self.tools if (facts := tool.facts())}
 
     def call_style(self, renderer: Any) -> CallStyle | None:
-        if not self.tools:
+        if not self._tools:
             return None
-        return Tags(self.tools) if self.calls == "tags" else Json(renderer)
+        return Tags(self._tools) if self.calls == "tags" else Json(renderer)
 
     def schemas(self, renderer: Any) -> list[dict[str, Any]]:
-        return [t.schema() for t in self.tools] if self.calls == "json" else []
+        return [t.schema() for t in self._tools] if self.calls == "json" else []
 
     def system_text(self, renderer: Any) -> str | None:
         """The system message: as set, or a line for each tool."""
         if self.system is not None:
             return self.system or None
-        if not self.tools:
+        if not self._tools:
             return None
         if self.calls == "tags":
             usage = " ".join(
                 f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>."
-                for t in self.tools
+                for t in self._tools
             )
             return TAGS_TEXT.format(usage=usage)
         if renderer.renders_tools:  # then the chat format has a place of its own for them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from ondol.errors import OndolError, nearest
 from ondol.parts import Part
 from ondol.records import ToolCall, ToolResult
+from ondol.tools.actions import Action, find_action
 
 
 class ToolSession(Protocol):
@@ -58,6 +60,27 @@ class Tool(Part):
         """A fresh session. `trajectory_id` seeds whatever the tool draws at random."""
         raise NotImplementedError
 
+    def parse_action(self, text: str) -> Action | None:
+        """This tool's call in a model's text, as a tool server looks for it; None if there is none."""
+        return find_action(text, self.name, self.main_argument)
+
+
+class Toolset(Part):
+    """Several tools behind one entry of a recipe: a server's, say."""
+
+    def tools(self) -> tuple[Tool, ...]:
+        """The tools, always the same ones. May ask a server for them; raises OndolError when it cannot."""
+        raise NotImplementedError
+
+
+def unpack(entries: Iterable[Tool | Toolset]) -> tuple[Tool, ...]:
+    """The tools that the entries of a recipe stand for. Raises ValueError when two are called the same."""
+    found = [t for entry in entries for t in (entry.tools() if isinstance(entry, Toolset) else (entry,))]
+    seen = [t.name for t in found]
+    if len(set(seen)) < len(seen):
+        raise ValueError(f"two tools are called the same: {', '.join(seen)}")
+    return tuple(found)
+
 
 async def call_tool(session: ToolSession, tool: Tool, call: ToolCall) -> ToolResult:
     """Call a tool and measure `seconds`. Bad calls, deadlines and exceptions become results.
@@ -76,6 +99,8 @@ async def call_tool(session: ToolSession, tool: Tool, call: ToolCall) -> ToolRes
                 result = ToolResult(result)
             if not isinstance(result, ToolResult):
                 raise TypeError(f"the tool '{tool.name}' gave {type(result).__name__}, not ToolResult")
+            if not isinstance(result.text, str):
+                raise TypeError(f"the tool '{tool.name}' gave a text that is {type(result.text).__name__}, not str")
     except TimeoutError:
         result = ToolResult(f"TimeoutError: {tool.name} took longer than {tool.deadline_s:g} s", False, "timeout")
     except OndolError:
@@ -99,18 +124,24 @@ def _wrong(tool: Tool, call: ToolCall) -> ToolResult | None:
 
 
 def _misfits(arguments: Any, parameters: dict[str, Any]) -> list[str]:
-    """Where `arguments` do not fit a JSON Schema object: required keys, unknown keys, plain types and enums."""
+    """Where `arguments` do not fit a JSON Schema object: required keys, unknown keys, plain types and enums.
+
+    Of a schema that says more (a server's may), the rest is left for the tool to check.
+    """
     if not isinstance(arguments, dict):
         return ["the arguments are not an object"]
     properties = parameters.get("properties", {})
     wrong = [f"argument '{key}' is missing" for key in parameters.get("required", []) if key not in arguments]
     for key, value in arguments.items():
         if key not in properties:
+            if parameters.get("additionalProperties"):
+                continue
             wrong.append(f"there is no argument '{key}' ({nearest(str(key), properties)})")
             continue
-        kind = properties[key].get("type")
-        if kind in _TYPES and not _fits(value, kind):
-            wrong.append(f"argument '{key}' must be of type {kind}, not {type(value).__name__}")
+        kinds = properties[key].get("type") or []
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if kinds and not any(k not in _TYPES or _fits(value, k) for k in kinds):
+            wrong.append(f"argument '{key}' must be of type {' or '.join(kinds)}, not {type(value).__name__}")
         elif "enum" in properties[key] and value not in properties[key]["enum"]:
             wrong.append(f"argument '{key}' must be one of {properties[key]['enum']}")
     return wrong

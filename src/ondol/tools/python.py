@@ -9,6 +9,7 @@ from pydantic import Field
 from ondol.records import ToolResult
 from ondol.sandbox.monty import MontySession
 from ondol.sandbox.turns import TURN_S
+from ondol.tools.actions import Action, find_blocks
 from ondol.tools.base import Tool
 
 
@@ -35,6 +36,10 @@ class Python(Tool):
     @property
     def deadline_s(self) -> float:
         return self.timeout_s + TURN_S + 30.0  # the sandbox keeps `timeout_s`; this is for it hanging
+
+    def parse_action(self, text: str) -> Action | None:
+        """All blocks, joined by newlines: `<python>` ones, else ```python fences, else ```py ones."""
+        return find_blocks(text, self.name, self.main_argument, ("python", "py"))
 
     def session(self, trajectory_id: str) -> PythonSession:
         return PythonSession(self, trajectory_id)
