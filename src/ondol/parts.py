@@ -29,12 +29,20 @@ T = TypeVar("T")
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
         "calculator": "ondol.tools.calculator:Calculator",
+        "memory": "ondol.tools.memory:Memory",
         "python": "ondol.tools.python:Python",
+        "search": "ondol.tools.search:Search",
+        "sql": "ondol.tools.sql:Sql",
+        "zoom": "ondol.tools.zoom:Zoom",
     },
     "tasks": {
         "arithmetic": "ondol.tasks.arithmetic:Arithmetic",
+        "digits": "ondol.tasks.digits:Digits",
         "jsonl": "ondol.tasks.jsonl:Jsonl",
         "reasoning-gym": "ondol.tasks.reasoning_gym:ReasoningGym",
+        "recall": "ondol.tasks.recall:Recall",
+        "search-qa": "ondol.tasks.search_qa:SearchQuestions",
+        "sql": "ondol.tasks.sql:SqlQuestions",
         "two-addends": "ondol.tasks.two_addends:TwoAddends",
         "widgets": "ondol.tasks.widgets:Widgets",
     },
@@ -52,6 +60,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "short-answer": "ondol.rewards.scorers:ShortAnswer",
     },
     "envs": {
+        "feedback": "ondol.envs.feedback:FeedbackEnv",
+        "moves": "ondol.envs.moves:MovesEnv",
+        "stream": "ondol.envs.stream:StreamEnv",
         "tool": "ondol.envs.tool:ToolEnv",
         "widgets": "ondol.envs.widgets:WidgetsEnv",
     },

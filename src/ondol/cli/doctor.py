@@ -15,7 +15,14 @@ from ondol.cli._common import print_json
 from ondol.errors import OndolError
 from ondol.view.console import table
 
-_EXTRAS = {"peft": "lora", "reasoning_gym": "tasks", "math_verify": "tasks", "openai": "endpoint"}
+_EXTRAS = {
+    "peft": "lora",
+    "reasoning_gym": "tasks",
+    "math_verify": "tasks",
+    "openai": "endpoint",
+    "duckdb": "data",
+    "bm25s": "data",
+}
 
 
 def run(args: Namespace) -> int:

@@ -53,6 +53,9 @@ class ToolEnv(Env):
             raise ValueError("with tools max_turns must be at least 2: one to call, one to answer")
         return self
 
+    def exercises(self) -> frozenset[str]:
+        return self.capabilities.union(*(t.capabilities for t in self.tools))
+
     @cached_property
     def _by_name(self) -> dict[str, Tool]:
         return {t.name: t for t in self.tools}
@@ -90,8 +93,9 @@ class ToolEnv(Env):
 class Toolbox:
     """The tools of one trajectory: carries out calls, each tool in a session of its own that lives until `close`."""
 
-    def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str) -> None:
+    def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str, problem: Problem | None = None) -> None:
         self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
+        self.problem = problem or Problem("", "", "")
         self.sessions: dict[str, ToolSession] = {}
 
     async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
@@ -114,7 +118,7 @@ class Toolbox:
             known = ", ".join(self.env._by_name)
             return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
         if call.name not in self.sessions:
-            self.sessions[call.name] = tool.session(self.id)
+            self.sessions[call.name] = tool.open(self.id, self.problem)
         return await call_tool(self.sessions[call.name], tool, call)
 
 
@@ -123,7 +127,7 @@ class _Episode:
         self, env: ToolEnv, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message]
     ) -> None:
         self.env, self.task, self.problem, self.id, self.examples = env, task, problem, trajectory_id, examples
-        self.renderer, self.toolbox = renderer, Toolbox(env, renderer, trajectory_id)
+        self.renderer, self.toolbox = renderer, Toolbox(env, renderer, trajectory_id, problem)
         self.over = False
 
     async def reset(self) -> list[Message]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ondol.errors import OndolError, nearest
 from ondol.parts import Part
-from ondol.records import ToolCall, ToolResult
+from ondol.records import Problem, ToolCall, ToolResult
 
 
 class ToolSession(Protocol):
@@ -36,6 +36,7 @@ class Tool(Part):
     name: ClassVar[str]
     parameters: ClassVar[dict[str, Any]]
     main_argument: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]] = frozenset()  #: what using it asks of an agent, beside "tool use"
 
     description: str = Field(description="what the model reads about the tool")
     timeout_s: float = Field(default=10.0, gt=0, le=3600, description="time limit of one call")
@@ -53,6 +54,10 @@ class Tool(Part):
     def session(self, trajectory_id: str) -> ToolSession:
         """A fresh session. `trajectory_id` seeds whatever the tool draws at random."""
         raise NotImplementedError
+
+    def open(self, trajectory_id: str, problem: Problem) -> ToolSession:
+        """A session for a problem, for tools that work on something of it: its database, its picture."""
+        return self.session(trajectory_id)
 
 
 async def call_tool(session: ToolSession, tool: Tool, call: ToolCall) -> ToolResult:
