@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import ondol
 from ondol.benchmarks import BENCHMARKS, matrix
 from ondol.cli import main
 from ondol.evaluate import held_out
@@ -89,6 +90,13 @@ def test_the_command(capsys) -> None:
     out = capsys.readouterr().out
     at = [out.index(f"\n{c}") for c in CAPABILITIES]
     assert at == sorted(at) and "chance" in out and "tool memory" in out and "before any training" in out
+
+
+def test_from_python() -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = ondol.capabilities("tiny:hidden=16,layers=1,context=1024", problems=1)
+    assert [r.benchmark.capability for r in rows] == CAPABILITIES
+    assert all(r.reason is None and r.result is not None and r.result.problems == 1 for r in rows)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from forcing import forced
 
+from forcing import forced
 from ondol.engines.base import Sampling
 from ondol.engines.torch import TorchEngine
 from ondol.envs.stream import StreamEnv
