@@ -88,8 +88,12 @@ def test_the_command(capsys) -> None:
     argv = ["evaluate", "tiny:hidden=16,layers=1,context=1024", "--by", "capability", "--problems", "2"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    at = [out.index(f"\n{c}") for c in CAPABILITIES]
-    assert at == sorted(at) and "chance" in out and "tool memory" in out and "before any training" in out
+    lines = out[out.index("\ncapability") :].splitlines()[1:]
+    assert lines[0].split() == ["capability", "environment", "score", "±", "chance", "needs", "available"]
+    assert [
+        c for c, line in zip(CAPABILITIES, lines[1:]) if line.startswith(c) and line.rstrip().endswith("yes")
+    ] == CAPABILITIES
+    assert "before any training" in out and "memory tool" in out and max(map(len, map(str.rstrip, lines))) <= 80
 
 
 def test_from_python() -> None:

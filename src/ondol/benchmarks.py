@@ -59,7 +59,7 @@ _GYM = ("reasoning_gym", "pip install 'ondol[tasks]'")
 BENCHMARKS = (
     Benchmark(
         capability="planning",
-        environment="tower of Hanoi, a move a turn",
+        environment="tower of Hanoi",
         needs="many turns",
         task={
             "name": "reasoning-gym",
@@ -72,16 +72,16 @@ BENCHMARKS = (
     ),
     Benchmark(
         capability="tool use",
-        environment="arithmetic with a calculator",
-        needs="tool calculator",
+        environment="arithmetic",
+        needs="calculator",
         task={"name": "arithmetic"},
         env={"name": "tool", "tools": ["calculator"], "max_turns": 3},
         max_tokens=48,
     ),
     Benchmark(
         capability="memory",
-        environment="recall; the context forgets",
-        needs="tool memory, many turns",
+        environment="recall, 6 pairs",
+        needs="memory tool",
         task={"name": "recall", "pairs": 6},
         env={"name": "stream", "tools": ["memory"]},
         max_tokens=32,
@@ -89,7 +89,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         capability="reasoning",
-        environment="counting legs of animals",
+        environment="leg counting",
         needs="one turn",
         task={"name": "reasoning-gym", "dataset": "leg_counting", "options": {"min_animals": 2, "max_animals": 4}},
         env={"name": "tool", "max_turns": 1},
@@ -98,16 +98,16 @@ BENCHMARKS = (
     ),
     Benchmark(
         capability="self-improvement",
-        environment="sums, tried again after feedback",
-        needs="several turns",
+        environment="sums, 4 tries",
+        needs="feedback",
         task={"name": "arithmetic", "forms": ["a + b"], "low": 100, "high": 999},
         env={"name": "feedback", "max_turns": 4},
         max_tokens=32,
     ),
     Benchmark(
         capability="perception",
-        environment="a digit seen by zooming in",
-        needs="tool zoom",
+        environment="far digits",
+        needs="zoom tool",
         task={"name": "digits"},
         env={"name": "tool", "tools": ["zoom"], "max_turns": 4},
         max_tokens=32,

@@ -95,6 +95,26 @@ def test_what_was_sampled_is_reproduced(rolled) -> None:
         torch.testing.assert_close(logp.double(), batch.logp, rtol=1e-4, atol=1e-5)
 
 
+def test_engines_without_ids_are_told_the_same(rolled) -> None:
+    """An endpoint gets messages: those of the context alone, as many as its ids hold."""
+    renderer, asked = rolled[2], []
+
+    class Listening(ScriptEngine):
+        def submit(self, request) -> None:
+            asked.append((list(request.ids), list(request.messages)))
+            super().submit(request)
+
+    task, env = Recall(pairs=3), StreamEnv(tools=["memory"], system="Keep notes.", window=2)
+    scripts = {(0, 0): ["<memory>write a: 1</memory>", "-", "-", "<memory>list</memory>", "7"]}
+    plan = Plan(task, env, [task.problem(0)], 1, Sampling(), seed=(0,))
+    rollout(Listening(renderer, scripts), renderer, plan)
+    assert [len(messages) for _, messages in asked] == [2, 4, 2, 4, 6]
+    for ids, messages in asked:
+        assert (
+            messages[0].role == "system" and renderer.prompt(messages[:2]) == ids[: len(renderer.prompt(messages[:2]))]
+        )
+
+
 def test_records_keep_restarts(rolled) -> None:
     t = rolled[4][0]
     again = Trajectory.from_dict(t.to_dict())

@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
         print_json({"model": name, "complete": complete, "capabilities": [_plain(r) for r in rows]})
         return 0 if complete else 130
     console.print()
-    columns = ["capability", "environment", "score", "standard error", "chance", "needs", "available"]
+    columns = ["capability", "environment", "score", "±", "chance", "needs", "available"]
     console.print(table([_shown(r) for r in rows], columns))
     for row in rows:
         if row.reason is not None:

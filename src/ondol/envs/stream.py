@@ -92,11 +92,12 @@ class _Episode:
             return StepResult([said], results=results)
         self.at += 1
         part = self.parts[self.at]
+        text = part if said is None else f"{said.content}\n{part}"
         if self.at % self.env.window == 0:
-            text = part if said is None else f"{said.content}\n{part}"
             return StepResult(self._opening(text), results=results, anew=True)
-        messages = [Message("user", part)] if said is None else [said, Message("user", part)]
-        return StepResult(messages, results=results)
+        if said is not None and said.role == "tool":
+            return StepResult([said, Message("user", part)], results=results)
+        return StepResult([Message("user", text)], results=results)
 
     def _opening(self, text: str) -> list[Message]:
         system = self.env.system_text(self.renderer)
