@@ -10,7 +10,7 @@ print(run.path / "model")
 from typing import Any
 
 __version__ = "0.1.0"
-_API = ("comparison", "ladder", "load_recipe", "open_run", "reproduce", "run")
+_API = ("capabilities", "comparison", "ladder", "load_recipe", "open_run", "reproduce", "run")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,10 @@ from ondol.recipe import Recipe, load_recipe
 from ondol.store import Run
 
 if TYPE_CHECKING:
+    from ondol.benchmarks import Row
     from ondol.compare.comparison import Comparison
 
-__all__ = ["comparison", "ladder", "load_recipe", "open_run", "reproduce", "run"]
+__all__ = ["capabilities", "comparison", "ladder", "load_recipe", "open_run", "reproduce", "run"]
 
 
 def run(
@@ -79,6 +80,20 @@ def comparison(
     for error in out.failures.values():
         raise error
     return out
+
+
+def capabilities(model: str | Path, problems: int = 16) -> list[Row]:
+    """The capability matrix of a model (a path as recipes take it, or a run's `model` folder), greedy.
+
+    A row has `benchmark`, and `result` (an `Evaluation`), or the `reason` why there is none.
+    """
+    from ondol.benchmarks import matrix
+    from ondol.models.load import load_model
+    from ondol.train.loop import make_engine
+
+    loaded = load_model(str(model))
+    recipe = load_recipe({"model": {"path": str(model)}, "task": "two-addends"})
+    return list(matrix(make_engine(recipe, loaded), loaded.renderer, problems))
 
 
 def reproduce(paper: str, *overrides: str, seeds: int = 3, folder: str | Path = "compare/papers") -> dict[str, Any]:

@@ -114,8 +114,7 @@ def greedy(sampling: Sampling) -> Sampling:
 def ways(env: Env, sampling: Sampling, samples: int, without_tools: bool) -> Iterator[tuple[str, Env, Sampling, int]]:
     """How a model is measured: (name, environment, sampling, samples per problem)."""
     if without_tools and getattr(env, "tools", ()):
-        bare = env.model_copy(update={"tools": (), "max_turns": 1, "system": None})
-        yield "no_tool", bare, greedy(sampling), 1
+        yield "no_tool", env.without_tools(), greedy(sampling), 1
     yield "greedy", env, greedy(sampling), 1
     if sampling.temperature > 0:
         yield "sampled", env, sampling, samples

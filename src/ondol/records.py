@@ -13,6 +13,7 @@ StopReason   why a trajectory ended; Finish: why one turn did
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,6 +113,8 @@ class Trajectory:
         version: version of the weights that produced a sampled token; -1 elsewhere.
         score: task success in [0, 1]; what filters, stopping rules and reports use.
         reward: what the method learns from; equals `score` unless shaped.
+        restarts: where in `ids` the context began anew, in order: tokens from there on were sampled without sight of
+            those before. Empty in environments that keep the whole conversation.
     """
 
     key: tuple[int, int, int]
@@ -129,7 +132,14 @@ class Trajectory:
     reward: float = 0.0
     logp_truncated: list[float] = field(default_factory=list)
     temperature: float = 1.0
+    restarts: list[int] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """The stretches of `ids` that were each seen as one context: a single one, unless there are restarts."""
+        cuts = [0, *self.restarts, len(self.ids)]
+        return list(itertools.pairwise(cuts))
 
     @property
     def response(self) -> str:

@@ -34,6 +34,13 @@ def tables(tmp_path_factory):
             "ranges": {"c": [100, 999]},
         },
         "two-addends": {"name": "two-addends"},
+        "digits": {"name": "digits"},
+        "recall": {"name": "recall"},
+        "search-qa": {"name": "search-qa"},
+        "search-qa, two hops": {"name": "search-qa", "hops": 2},
+        "search-qa, python": {"name": "search-qa", "corpus": "python"},
+        "sql": {"name": "sql"},
+        "sql, duckdb": {"name": "sql", "engine": "duckdb"},
         "widgets": {"name": "widgets"},
         "widgets, many": {"name": "widgets", "tabs": 3, "widgets": 9, "goals": [1, 5]},
         "jsonl": {"name": "jsonl", "path": str(path)},
@@ -54,6 +61,13 @@ CASES = [
     "arithmetic",
     "arithmetic, many forms",
     "two-addends",
+    "digits",
+    "recall",
+    "search-qa",
+    "search-qa, two hops",
+    "search-qa, python",
+    "sql",
+    "sql, duckdb",
     "widgets",
     "widgets, many",
     "jsonl",
@@ -69,6 +83,8 @@ CASES = [
 def task(request, tables) -> Task:
     if request.param.startswith("reasoning-gym"):
         pytest.importorskip("reasoning_gym")
+    if request.param.endswith("duckdb"):
+        pytest.importorskip("duckdb")
     return parts.make("tasks", tables[request.param])
 
 
@@ -276,10 +292,10 @@ def test_reasoning_gym_evaluates_no_programs(dataset, tmp_path):
 
 
 def test_the_second_fence_holds_alone(tmp_path):
-    from ondol.rewards._process import Judge
+    from ondol.sandbox.child import Judge
 
     (tmp_path / "fenced.py").write_text(
-        "from ondol.rewards._process import serve\nserve(lambda q: str(eval(q['text'])))\n"
+        "from ondol.sandbox.child import serve\nserve(lambda q: str(eval(q['text'])))\n"
     )
     judge = Judge("fenced")
     import os

@@ -84,8 +84,13 @@ def parser() -> argparse.ArgumentParser:
         "score a run's model, or a recipe's, on held-out problems",
         "ondol evaluate last --problems 100",
     )
-    run(c, "a run, or a recipe (then its model as it is before any training)")
+    run(c, "a run, or a recipe (then its model as it is before any training); with --by also a model's path")
     root(c)
+    c.add_argument(
+        "--by",
+        choices=("capability",),
+        help="not the recipe's task, but an environment for each capability: planning, tool use, memory, reasoning ...",
+    )
     c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
     c.add_argument("--problems", type=int, default=None, help="how many held-out problems")
     c.add_argument("--samples", type=int, default=None, help="sampled answers per problem")

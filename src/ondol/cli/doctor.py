@@ -22,6 +22,8 @@ _EXTRAS = {
     "openai": "endpoint",
     "uvicorn": "server",
     "mcp": "mcp",
+    "duckdb": "data",
+    "bm25s": "data",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,10 @@ def run(args: Namespace) -> int:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise OndolError(f"--{option} {value}: at least 1 is needed", f"for example --{option} 100")
+    if args.by is not None:
+        from ondol.cli import capability
+
+        return capability.run(args)
     recipe, path, folder = find_model(args, trained=args.endpoint is None)
     wanted = args.problems or recipe.evaluate.problems
     problems = held_out(recipe.task, wanted)
@@ -37,12 +42,7 @@ def run(args: Namespace) -> int:
     modes = list(ways(recipe.env, recipe.sampling, samples, recipe.evaluate.without_tools))
     results: dict[str, Evaluation] = {}
     with ExitStack() as stack:
-        if args.endpoint is not None:
-            engine, renderer = _endpoint(args, recipe, stack)
-            name = f"{engine.model} at {args.endpoint}"
-        else:
-            engine, renderer = _embedded(recipe, path, console)
-            name = f"{folder.name}, trained" if folder else f"{path}, before any training"
+        engine, renderer, name = open_model(args, recipe, path, folder, console, stack)
         console.print(Text(f"evaluating {name}", "bold"))
         complete = _measure(recipe, engine, renderer, problems, modes, results, console)
     failed = [t for r in results.values() for t in r.trajectories if t.stop_reason is StopReason.ERROR]
@@ -64,6 +64,17 @@ def run(args: Namespace) -> int:
     if not complete:
         console.print(Text("stopped: the last line is of the episodes that had ended, which are the shorter ones"))
     return 0 if complete else 130
+
+
+def open_model(
+    args: Namespace, recipe: Recipe, path: str, folder: Path | None, console: Console, stack: ExitStack
+) -> tuple[Any, Any, str]:
+    """The engine, its renderer, and what people call the model."""
+    if args.endpoint is not None:
+        engine, renderer = _endpoint(args, recipe, stack)
+        return engine, renderer, f"{engine.model} at {args.endpoint}"
+    engine, renderer = _embedded(recipe, path, console)
+    return engine, renderer, f"{folder.name}, trained" if folder else f"{path}, before any training"
 
 
 def _endpoint(args: Namespace, recipe: Recipe, stack: ExitStack) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ class StepResult:
         truncated: it was cut short (no bootstrap value is implied by `terminated`).
         score: task success in [0, 1]; meaningful at the end.
         results: what tools returned, in the order of the action's calls.
+        anew: `messages` open a new context: the policy sees them, and nothing of what was said before.
     """
 
     messages: list[Message]
@@ -39,6 +40,7 @@ class StepResult:
     truncated: bool = False
     score: float = 0.0
     results: list[ToolResult] = field(default_factory=list)
+    anew: bool = False
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +68,19 @@ class Env(Part):
     action_space: ClassVar[str] = "text"
 
     max_turns: int = Field(default=1, ge=1, description="most turns the policy gets; 1 is single-turn")
+
+    @property
+    def turns_in_context(self) -> int:
+        """Most turns that one context has to hold: all, unless the environment begins contexts anew."""
+        return self.max_turns
+
+    def exercises(self) -> frozenset[str]:
+        """The capabilities that these settings ask for."""
+        return self.capabilities
+
+    def without_tools(self) -> Env:
+        """The same, for measuring what a model can do in its head."""
+        return self.model_copy(update={"tools": (), "max_turns": 1, "system": None})
 
     def call_style(self, renderer: Any) -> CallStyle | None:
         """How the model's text becomes tool calls, None when there are no tools."""

@@ -54,11 +54,15 @@ class ToolEnv(Env):
         return unpack(self.tools)  # an entry may stand for several: all of a server's
 
     @property
+    def exercises(self) -> frozenset[str]:
+        return self.capabilities.union(*(t.capabilities for t in self._tools))
+
+    @property
     def _by_name(self) -> dict[str, Tool]:
         return {t.name: t for t in self._tools}
 
     def facts(self) -> dict[str, Any]:
-        return {tool.name: facts for tool in self.tools if (facts := tool.facts())}
+        return {tool.name: facts for tool in self._tools if (facts := tool.facts())}
 
     def call_style(self, renderer: Any) -> CallStyle | None:
         if not self._tools:
@@ -93,8 +97,9 @@ class ToolEnv(Env):
 class Toolbox:
     """The tools of one trajectory: carries out calls, each tool in a session of its own that lives until `close`."""
 
-    def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str) -> None:
+    def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str, problem: Problem | None = None) -> None:
         self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
+        self.problem = problem or Problem("", "", "")
         self.sessions: dict[str, ToolSession] = {}
 
     async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
@@ -117,7 +122,7 @@ class Toolbox:
             known = ", ".join(self.env._by_name)
             return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
         if call.name not in self.sessions:
-            self.sessions[call.name] = tool.session(self.id)
+            self.sessions[call.name] = tool.open(self.id, self.problem)
         return await call_tool(self.sessions[call.name], tool, call)
 
 
@@ -126,7 +131,7 @@ class _Episode:
         self, env: ToolEnv, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message]
     ) -> None:
         self.env, self.task, self.problem, self.id, self.examples = env, task, problem, trajectory_id, examples
-        self.renderer, self.toolbox = renderer, Toolbox(env, renderer, trajectory_id)
+        self.renderer, self.toolbox = renderer, Toolbox(env, renderer, trajectory_id, problem)
         self.over = False
 
     async def reset(self) -> list[Message]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from ondol.rewards._process import serve
+from ondol.sandbox.child import serve
 
 _KINDS: Any = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from ondol.errors import OndolError
 from ondol.records import Problem
-from ondol.rewards._process import Judge
 from ondol.rewards.base import Verifier, marked_answer
 from ondol.rewards.numeric import is_number, last_number
+from ondol.sandbox.child import Judge
 
 
 class Math(Verifier):

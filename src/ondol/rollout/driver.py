@@ -192,16 +192,16 @@ class _Rollout:
             t.stop_reason = StopReason.TIMEOUT
             return
         _extend(t, self.renderer.prompt(t.messages, self.schemas))
-        t.prompt_length = len(t.ids)
+        t.prompt_length, seen = len(t.ids), 0
         for turn in range(plan.env.max_turns):
             request = Request(
                 session=session,
-                ids=t.ids,
+                ids=t.ids[t.restarts[-1] :] if t.restarts else t.ids,
                 sampling=plan.sampling,
                 seed=(*plan.seed, *t.key, turn),
                 stop=self.style.stop if self.style else (),
                 end_ids=self.renderer.end_ids,
-                messages=list(t.messages),
+                messages=t.messages[seen:],
                 timeout_s=clock.left_s,
             )
             try:
@@ -228,7 +228,12 @@ class _Rollout:
                 t.score = result.score
                 t.stop_reason = _why_over(result.truncated, action)
                 return
-            observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
+            if result.anew:
+                self.engine.release(session)
+                t.restarts.append(len(t.ids))
+                seen, observation = len(t.messages), self.renderer.prompt(result.messages, self.schemas)
+            else:
+                observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
             t.messages += result.messages
             _extend(t, observation)
             if clock.expired:

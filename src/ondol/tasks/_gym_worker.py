@@ -15,7 +15,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from ondol.rewards._process import serve
+from ondol.sandbox.child import serve
 from ondol.tasks.reasoning_gym import EVALUATED, source
 
 _REACHES_OUT = re.compile(

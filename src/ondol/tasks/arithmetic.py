@@ -8,7 +8,7 @@ from random import Random
 from pydantic import Field, model_validator
 
 from ondol.records import Problem
-from ondol.rewards.numeric import Numeric
+from ondol.rewards.numeric import Numeric, last_number
 from ondol.tasks.base import DrawnTask
 from ondol.tools.calculator import evaluate
 
@@ -63,6 +63,12 @@ class Arithmetic(DrawnTask):
 
     def score(self, problem: Problem, response: str) -> float:
         return Numeric().score(problem, response)
+
+    def feedback(self, problem: Problem, response: str, score: float) -> str:
+        given = last_number(response)
+        if given is None:
+            return "there is no number"
+        return "too small" if given < int(problem.answer) else "too large"
 
     def near_misses(self, problem: Problem) -> list[str]:
         value = int(problem.answer)

@@ -50,6 +50,10 @@ class Task(Part):
         """Responses that must score below 1; at least one."""
         raise NotImplementedError
 
+    def feedback(self, problem: Problem, response: str, score: float) -> str:
+        """What somebody who may try again is told of a response that scored below 1: never the answer itself."""
+        return f"score {score:.2f}"
+
     def demonstration(self, problem: Problem, random: Random, right: bool) -> str | Sequence[str]:
         """A response to imitate, right or wrong, drawn from `random` alone. Tasks with many answers should draw one.
 

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from ondol.errors import OndolError, nearest
 from ondol.records import Problem
-from ondol.rewards._process import Judge
 from ondol.rewards.base import marked_answer
 from ondol.rewards.numeric import last_match
+from ondol.sandbox.child import Judge
 from ondol.tasks.base import DrawnTask
 
 _FAR = 2**31 - 2  # items drawn from, where a dataset makes any item on demand

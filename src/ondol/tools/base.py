@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ondol.errors import OndolError, nearest
 from ondol.parts import Part
-from ondol.records import ToolCall, ToolResult
+from ondol.records import Problem, ToolCall, ToolResult
 from ondol.tools.actions import Action, find_action
 
 
@@ -38,6 +38,7 @@ class Tool(Part):
     name: ClassVar[str]
     parameters: ClassVar[dict[str, Any]]
     main_argument: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]] = frozenset()  #: what using it asks of an agent, beside "tool use"
 
     description: str = Field(description="what the model reads about the tool")
     timeout_s: float = Field(default=10.0, gt=0, le=3600, description="time limit of one call")
@@ -59,6 +60,10 @@ class Tool(Part):
     def session(self, trajectory_id: str) -> ToolSession:
         """A fresh session. `trajectory_id` seeds whatever the tool draws at random."""
         raise NotImplementedError
+
+    def open(self, trajectory_id: str, problem: Problem) -> ToolSession:
+        """A session for a problem, for tools that work on something of it: its database, its picture."""
+        return self.session(trajectory_id)
 
     def parse_action(self, text: str) -> Action | None:
         """This tool's call in a model's text, as a tool server looks for it; None if there is none."""

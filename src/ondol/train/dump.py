@@ -65,6 +65,9 @@ def _checked(t: Trajectory) -> Trajectory:
             raise ValueError(f"'{name}' holds {wrong!r:.40}")
     if not 0 <= t.prompt_length <= n or any(t.trained[: t.prompt_length]):
         raise ValueError(f"'prompt_length' is {t.prompt_length}, which does not fit its {n} ids and masks")
+    cuts = [t.prompt_length, *t.restarts, n]
+    if not all(isinstance(r, int) for r in cuts) or cuts != sorted(cuts):
+        raise ValueError(f"'restarts' are {t.restarts!r:.80}, which do not fit its {n} ids")
     if not isinstance(t.reward, (int, float)) or not isinstance(t.score, (int, float)):
         raise ValueError("'score' and 'reward' must be numbers")
     if len(t.key) != 3 or not all(isinstance(k, int) for k in t.key):

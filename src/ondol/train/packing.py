@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 
@@ -118,30 +118,32 @@ def _batch(families: list[list[Sequence_]], share: bool) -> Batch:
         for s in family:
             t = s.trajectory
             sequence_tokens += len(t.ids)
-            segment = Segment(len(ids), len(ids) + len(t.ids) - start, root)
-            if segment.end == segment.start:
-                continue
-            segments.append(segment)
             count = 0  # trained tokens so far
-            for at in range(start, len(t.ids)):
-                if not (t.sampled[at] or t.trained[at]) or at == 0:
+            # a context that began anew is a root of its own: it sees nothing of the prompt or of what was said before
+            for number, (a, b) in enumerate(pairwise([start, *t.restarts, len(t.ids)])):
+                if b == a:
                     continue
-                source = root.end - 1 if at == start and root is not None else segment.start + at - start - 1
-                own = (source, t.ids[at], s.index, s.group, t.sampled[at], t.trained[at], t.logp[at], t.version[at])
-                k = count if t.trained[at] else None
-                rows.append(
-                    (
-                        *own,
-                        s.advantage if isinstance(s.advantage, (int, float)) else _at(s.advantage, k),
-                        s.reward,
-                        _at(s.value, k),
-                        _at(s.returns, k),
-                        s.weight if t.trained[at] else 0.0,
+                segment = Segment(len(ids), len(ids) + b - a, None if number else root)
+                segments.append(segment)
+                for at in range(a, b):
+                    if not (t.sampled[at] or t.trained[at]) or (at == a and segment.parent is None):
+                        continue
+                    source = root.end - 1 if at == a and root is not None else segment.start + at - a - 1
+                    own = (source, t.ids[at], s.index, s.group, t.sampled[at], t.trained[at], t.logp[at], t.version[at])
+                    k = count if t.trained[at] else None
+                    rows.append(
+                        (
+                            *own,
+                            s.advantage if isinstance(s.advantage, (int, float)) else _at(s.advantage, k),
+                            s.reward,
+                            _at(s.value, k),
+                            _at(s.returns, k),
+                            s.weight if t.trained[at] else 0.0,
+                        )
                     )
-                )
-                count += t.trained[at]
-            ids += t.ids[start:]
-            positions += range(start, len(t.ids))
+                    count += t.trained[at]
+                ids += t.ids[a:b]
+                positions += range(b - a) if number else range(a, b)
     kinds = {"sampled": torch.bool, "trained": torch.bool}
     kinds |= dict.fromkeys(("source", "target", "sequence", "group", "version"), torch.long)
     columns = zip(*rows) if rows else ([] for _ in TARGET_COLUMNS)

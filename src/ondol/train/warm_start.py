@@ -58,6 +58,7 @@ def replant(recipe: Recipe, loaded: LoadedModel, t: Trajectory) -> Trajectory:
     moved.sampled, moved.trained = [False] * blank + t.sampled[n:], [False] * blank + t.trained[n:]
     moved.logp, moved.version = [0.0] * blank + t.logp[n:], [-1] * blank + t.version[n:]
     moved.logp_truncated = [0.0] * blank + t.logp_truncated[n:] if t.logp_truncated else []
+    moved.restarts = [r - n + blank for r in t.restarts]
     moved.messages = messages + t.messages[len(t.messages) - 2 * len(t.turns) + 1 :]
     moved.turns = copy.deepcopy(t.turns)
     for turn in moved.turns:
@@ -134,9 +135,10 @@ def _played(
                 f"a demonstration of {t.problem.question!r:.80} failed: {t.info.get('error', t.stop_reason)}",
                 "its turns are those of the task's `demonstration`",
             )
-        if len(t.ids) > loaded.context_length:
+        longest = max(end - start for start, end in t.contexts)
+        if longest > loaded.context_length:
             raise OndolError(
-                f"a demonstration has {len(t.ids)} tokens; the context of {loaded.name} is {loaded.context_length}",
+                f"a demonstration has {longest} tokens; the context of {loaded.name} is {loaded.context_length}",
                 "take a model with a longer context, or fewer turns",
             )
         t.trained, t.sampled = t.sampled, [False] * len(t.ids)
@@ -201,7 +203,7 @@ def check_prompts(recipe: Recipe, loaded: LoadedModel) -> None:
     _, ids = prompt(
         recipe, loaded, recipe.task.problem(0, "train"), recipe.warm_start.messages if recipe.warm_start else ()
     )
-    turns, tokens = recipe.env.max_turns, recipe.sampling.max_tokens
+    turns, tokens = recipe.env.turns_in_context, recipe.sampling.max_tokens
     need = len(ids) + turns * tokens
     if need > loaded.context_length:
         raise OndolError(

@@ -107,9 +107,11 @@ def _from_messages(t: Trajectory) -> list[_Section]:
             end = assistants[number + 1] if number + 1 < len(assistants) else len(t.messages)
             observed = t.messages[assistants[number] + 1 : end]
         results = list(turn.results)
-        for message in observed:
+        for i, message in enumerate(observed):
             result = results.pop(0) if message.role == "tool" and results else None
-            sections.append(_message(message, result))
+            heading, *rest = _message(message, result)
+            anew = " (the context begins anew)" if i == 0 and turn.end in t.restarts else ""
+            sections.append((heading + anew, *rest))
         sections += [_result(result) for result in results]
     return sections
 
@@ -125,6 +127,7 @@ def _from_ids(t: Trajectory, tokenizer: Any) -> list[_Section]:
         if end > turn.end:
             notes = ", ".join(filter(None, map(_outcome, turn.results)))
             heading = f"observation ({notes})" if notes else "observation"
+            heading += " (the context begins anew)" if turn.end in t.restarts else ""
             sections.append((heading, "tool", tokenizer.decode(t.ids[turn.end : end]), DIM))
     return sections
 

@@ -1,8 +1,9 @@
 """A child process that can be killed: for judgements that may hang, eat memory or evaluate what a model wrote.
 
 It runs `python -m <module>` and speaks JSON lines over pipes: a first line when it is ready, then two for each question,
-when it has prepared for it and the answer. `serve` is the child's side. While it answers, its interpreter refuses to start programs, open connections or
-change files. That is a second fence, not a sandbox: text that is evaluated must be looked at first.
+when it has prepared for it and the answer. `serve` is the child's side. While it answers, its interpreter refuses to start
+programs, open connections or change files. That is a second fence, not a sandbox: text that is evaluated must be looked at
+first.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ _fenced = False
 
 
 class Judge:
-    """One child, started at the first question, asked by one thread at a time, started anew after it was killed."""
+    """One child, started at the first question, asked by one thread at a time, started anew after it was killed.
 
-    def __init__(self, module: str) -> None:
-        self.module = module
+    `arguments` follow the module on the child's command line.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.module, self.arguments = module, arguments
         self.pid: int | None = None  # the child's, while it runs
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -74,7 +78,7 @@ class Judge:
             return self._process
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-m", self.module, *self.arguments],
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.DEVNULL,
@@ -103,7 +107,40 @@ def _listen(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]
     lines.put(None)
 
 
-def serve(answer: Callable[[dict[str, Any]], Any], prepare: Callable[[dict[str, Any]], Any] | None = None) -> None:
+class Judges:
+    """Several such children: a question goes to one that is free, or waits for one up to `turn_s`.
+
+    They share nothing, so an answer must not depend on which of them gives it.
+    """
+
+    def __init__(self, module: str, *arguments: str, count: int | None = None, turn_s: float = 120.0) -> None:
+        self.turn_s = turn_s
+        self.all = [Judge(module, *arguments) for _ in range(count or min(4, os.cpu_count() or 1))]
+        self._free: queue.LifoQueue[Judge] = queue.LifoQueue()  # the last one used first: its caches are warm
+        for judge in reversed(self.all):
+            self._free.put(judge)
+
+    def ask(self, question: dict[str, Any], timeout_s: float) -> Any:
+        """As `Judge.ask`. Raises TimeoutError when none of them is free in time."""
+        try:
+            judge = self._free.get(timeout=self.turn_s)
+        except queue.Empty:
+            raise TimeoutError(f"no process was free for {self.turn_s:g} s") from None
+        try:
+            return judge.ask(question, timeout_s)
+        finally:
+            self._free.put(judge)
+
+    def stop(self) -> None:
+        for judge in self.all:
+            judge.stop()
+
+
+def serve(
+    answer: Callable[[dict[str, Any]], Any],
+    prepare: Callable[[dict[str, Any]], Any] | None = None,
+    memory_bytes: int = _MEMORY_BYTES,
+) -> None:
     """The child's loop: one JSON line out for each one in; null where `answer` raises.
 
     `prepare` runs before `answer`, outside the fence: for imports and data, never for what a model wrote.
@@ -112,7 +149,7 @@ def serve(answer: Callable[[dict[str, Any]], Any], prepare: Callable[[dict[str, 
     try:  # 10**10**10 must fail here, not take the machine's memory; not every system has limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     except (ImportError, ValueError, OSError):
         pass
     out, sys.dont_write_bytecode = sys.stdout, True
