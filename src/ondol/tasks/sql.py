@@ -75,7 +75,7 @@ class SqlQuestions(DrawnTask):
         # the rows follow from the question: questions that are the same are of the same database
         databases = [self._rows(theme, Random(f"{which}/{self.things}/{self.events}/{question}")) for which in "ab"]
         results = [_reference(d, gold) for d in databases]
-        if any(not _telling(r) for r in results) or same(*results, ordered):
+        if any(not _telling(r) for r in results) or same(results[0], results[1], ordered):
             return None
         if "LIMIT 1" in gold and any(_tied(d, gold) for d in databases):
             return None
@@ -90,7 +90,7 @@ class SqlQuestions(DrawnTask):
             given = self._tool.ask(query, script, _ROWS)
             if "kind" in given or given["more"]:
                 return 0.0
-            gold = _gold(self._tool, problem.answer, script)
+            gold = _gold(self.engine, self.timeout_s, problem.answer, script)
             if not same(given["rows"], gold, problem.data["ordered"]):
                 return 0.0
         return 1.0
@@ -213,8 +213,8 @@ def _reference(script: str, query: str) -> list[Any]:
 
 
 @lru_cache(maxsize=4096)
-def _gold(tool: Sql, query: str, script: str) -> list[Any]:
-    found = tool.ask(query, script, _ROWS)
+def _gold(engine: Engine, timeout_s: float, query: str, script: str) -> list[Any]:
+    found = Sql(engine=engine, timeout_s=timeout_s).ask(query, script, _ROWS)
     if "kind" in found:
         raise RuntimeError(f"the gold query {query!r} failed: {found['text']}")
     return found["rows"]

@@ -109,9 +109,9 @@ def _from_messages(t: Trajectory) -> list[_Section]:
         results = list(turn.results)
         for i, message in enumerate(observed):
             result = results.pop(0) if message.role == "tool" and results else None
-            heading, *rest = _message(message, result)
+            heading, role, text, style = _message(message, result)
             anew = " (the context begins anew)" if i == 0 and turn.end in t.restarts else ""
-            sections.append((heading + anew, *rest))
+            sections.append((heading + anew, role, text, style))
         sections += [_result(result) for result in results]
     return sections
 
