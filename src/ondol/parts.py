@@ -29,6 +29,7 @@ T = TypeVar("T")
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
         "calculator": "ondol.tools.calculator:Calculator",
+        "image": "ondol.tools.image:ImageTool",
         "python": "ondol.tools.python:Python",
     },
     "tasks": {

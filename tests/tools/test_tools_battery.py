@@ -11,20 +11,29 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
 from ondol import parts
 from ondol.errors import OndolError
-from ondol.records import ToolCall, ToolResult
-from ondol.tools.base import Tool, call_tool
+from ondol.records import Image, ToolCall, ToolResult
+from ondol.tools.base import Sees, Tool, call_tool
 from ondol.tools.calculator import evaluate, plain
+from ondol.tools.image import png_of
 
 TOOLS = sorted(parts.BUILT_IN["tools"])
-SIMPLE = {"python": "6 * 7", "calculator": "6 * 7"}  # a main argument that must work
+SIMPLE = {"python": "6 * 7", "calculator": "6 * 7"}  # a main argument that must work, and give 42
+SIMPLE_TEXT = {"image": ("1, 2, 5, 9", "picture 1, area 1, 2, 5, 9, 2x: 8x14")}  # one that gives another text
+PICTURE = Image.of(png_of(Pillow.new("RGB", (20, 10), "red")))
 
 
 def call(tool: Tool, *calls: ToolCall) -> list[ToolResult]:
+    if reason := tool.unavailable():
+        pytest.skip(f"{tool.name}: {reason}")
+
     async def go():
         session = tool.session("t")
+        if isinstance(session, Sees):
+            session.see([PICTURE])
         try:
             return [await call_tool(session, tool, c) for c in calls]
         finally:
@@ -54,8 +63,9 @@ def test_schema(name):
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_simple_call(name):
     tool = parts.make("tools", name)
-    (result,) = call(tool, main(tool, SIMPLE[name]))
-    assert (result.text, result.ok, result.kind) == ("42", True, "ok") and 0 < result.seconds < 30
+    said, text = SIMPLE_TEXT.get(name) or (SIMPLE[name], "42")
+    (result,) = call(tool, main(tool, said))
+    assert (result.text, result.ok, result.kind) == (text, True, "ok") and 0 < result.seconds < 30
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -25,6 +25,7 @@ import numpy as np
 
 from ondol.engines.base import Completion, EngineStats, Request
 from ondol.errors import OndolError
+from ondol.models.chat.base import readable
 from ondol.models.chat.chatml import ChatML
 from ondol.records import Finish, Message
 
@@ -290,6 +291,7 @@ def _stopped_at(choice: Any) -> str | None:
 
 
 def _message(message: Message) -> dict[str, str]:
+    message = readable(message)
     role = "user" if message.role == "tool" else message.role
     return {"role": role, "content": message.content.encode("utf-8", "replace").decode()}  # no lone surrogates
 
