@@ -28,13 +28,16 @@ T = TypeVar("T")
 #: room -> name -> "module:object". Strings, so that listing the names imports nothing.
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
+        "browser": "ondol.tools.browser:Browser",
         "calculator": "ondol.tools.calculator:Calculator",
         "image": "ondol.tools.image:ImageTool",
         "python": "ondol.tools.python:Python",
     },
     "tasks": {
         "arithmetic": "ondol.tasks.arithmetic:Arithmetic",
+        "gymnasium": "ondol.tasks.gymnasium:Gymnasium",
         "jsonl": "ondol.tasks.jsonl:Jsonl",
+        "miniwob": "ondol.tasks.miniwob:Miniwob",
         "reasoning-gym": "ondol.tasks.reasoning_gym:ReasoningGym",
         "two-addends": "ondol.tasks.two_addends:TwoAddends",
         "widgets": "ondol.tasks.widgets:Widgets",
@@ -53,6 +56,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "short-answer": "ondol.rewards.scorers:ShortAnswer",
     },
     "envs": {
+        "game": "ondol.envs.game:GameEnv",
+        "miniwob": "ondol.envs.miniwob:MiniwobEnv",
         "tool": "ondol.envs.tool:ToolEnv",
         "widgets": "ondol.envs.widgets:WidgetsEnv",
     },

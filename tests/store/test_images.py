@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image as Pillow
 from rich.console import Console
-from scripted import TOKENIZER, Echo, ScriptedEngine
 
 from ondol.engines.base import Sampling
 from ondol.envs.tool import ToolEnv
@@ -22,6 +21,7 @@ from ondol.store import Run
 from ondol.tools.base import Tool
 from ondol.tools.image import ImageTool, crop, png_of
 from ondol.view.trajectory import render_trajectory
+from scripted import TOKENIZER, Echo, ScriptedEngine
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 20)) -> Image:

@@ -22,7 +22,10 @@ from ondol.tools.image import png_of
 
 TOOLS = sorted(parts.BUILT_IN["tools"])
 SIMPLE = {"python": "6 * 7", "calculator": "6 * 7"}  # a main argument that must work, and give 42
-SIMPLE_TEXT = {"image": ("1, 2, 5, 9", "picture 1, area 1, 2, 5, 9, 2x: 8x14")}  # one that gives another text
+SIMPLE_TEXT = {  # one that gives another text
+    "image": ("1, 2, 5, 9", "picture 1, area 1, 2, 5, 9, 2x: 8x14"),
+    "browser": ("goto(data:text/html,<title>t</title>42)", "page: t (data:text/html,<title>t</title>42)\n42"),
+}
 PICTURE = Image.of(png_of(Pillow.new("RGB", (20, 10), "red")))
 
 

@@ -15,13 +15,13 @@ from ondol.cli._common import print_json
 from ondol.errors import OndolError
 from ondol.view.console import table
 
-_EXTRAS = {"peft": "lora", "reasoning_gym": "tasks", "math_verify": "tasks", "openai": "endpoint"}
+_EXTRAS = {"peft": "lora", "reasoning_gym": "tasks", "math_verify": "tasks", "openai": "endpoint", "gymnasium": "games"}
 
 
 def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = [{"what": "python", "state": "ok", "detail": platform.python_version()}]
     rows += _torch()
-    rows += [_model(), _sandbox()]
+    rows += [_model(), _sandbox(), _browser()]
     for module, extra in _EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         rows.append(
@@ -79,3 +79,10 @@ def _sandbox() -> dict[str, Any]:
         return {"what": "python sandbox", "state": "failed", "detail": str(e)}
     state = "ok" if answer.strip() == "42" else "failed"
     return {"what": "python sandbox", "state": state, "detail": f"Monty, separate process; 6 * 7 gave {answer.strip()}"}
+
+
+def _browser() -> dict[str, Any]:
+    from ondol.tools.chromium import find_chromium, missing
+
+    reason = missing()
+    return {"what": "browser", "state": "absent" if reason else "ok", "detail": reason or str(find_chromium())}

@@ -21,12 +21,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are ju
 Point = tuple[int, int]
 Kind = Literal[
     "click", "double_click", "right_click", "long_press", "hover", "drag",
-    "type", "press", "select", "scroll", "back", "home", "wait", "goto", "run", "done",
+    "type", "press", "select", "scroll", "back", "home", "wait", "screenshot", "goto", "run", "done",
 ]  # fmt: skip
 
 _POINTING = ("click", "double_click", "right_click", "long_press", "hover")
 _TEXT = ("press", "goto", "run")
-_BARE = ("back", "home", "wait")
+_BARE = ("back", "home", "wait", "screenshot")
 DIRECTIONS = ("up", "down", "left", "right")
 _MAX_TEXT = 2000
 _CALL = re.compile(r"([a-z_]+)\s*\((.*)\)", re.S)
@@ -80,6 +80,17 @@ class Action:
         return cls(kind, targets, text=text)  # type: ignore[arg-type]
 
     @classmethod
+    def find(cls, said: str) -> Action:
+        """The action in what a model said: all of it, or its last line where thoughts come first. Raises ValueError."""
+        lines = [line for line in said.split("\n") if line.strip()]
+        try:
+            return cls.parse(said)
+        except ValueError:
+            if len(lines) < 2:
+                raise
+        return cls.parse(lines[-1])
+
+    @classmethod
     def _pointing(cls, kind: Kind, inside: str) -> Action:
         numbers = [int(n) for n in inside.split(",")] if _NUMBERS.fullmatch(inside) else []
         ends = 2 if kind == "drag" else 1
@@ -106,6 +117,7 @@ class Element:
     Attributes:
         role: what it is: button, link, textbox, checkbox, tab...
         name: what it says or is called;  value: its state: the text of a field, "on" or "off", the option chosen.
+        looks: what tells it from others where names do not: its colour, its size.
         box: where it is; None when it is nowhere to be seen.
     """
 
@@ -114,12 +126,12 @@ class Element:
     name: str = ""
     value: str | None = None
     box: Box | None = None
+    looks: str = ""
 
     def __str__(self) -> str:
-        said = f"[{self.number}] {self.role}"
-        if self.name:
-            said += f" {json.dumps(self.name, ensure_ascii=False)}"
-        return said if self.value is None else f"{said} = {self.value}"
+        name = json.dumps(self.name, ensure_ascii=False) if self.name else ""
+        value = "" if self.value is None else f"= {self.value}"
+        return " ".join(filter(None, (f"[{self.number}] {self.role}", name, value, self.looks)))
 
 
 @dataclass(frozen=True)
