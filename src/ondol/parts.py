@@ -28,9 +28,11 @@ T = TypeVar("T")
 #: room -> name -> "module:object". Strings, so that listing the names imports nothing.
 BUILT_IN: dict[str, dict[str, str]] = {
     "tools": {
+        "browser": "ondol.tools.browser:Browser",
         "calculator": "ondol.tools.calculator:Calculator",
         "cpython": "ondol.tools.cpython:CPython",
         "files": "ondol.tools.files:Files",
+        "image": "ondol.tools.image:ImageTool",
         "isolated": "ondol.tools.isolated:Isolated",
         "mcp": "ondol.tools.mcp:McpTools",
         "memory": "ondol.tools.memory:Memory",
@@ -44,7 +46,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "tasks": {
         "arithmetic": "ondol.tasks.arithmetic:Arithmetic",
         "digits": "ondol.tasks.digits:Digits",
+        "gymnasium": "ondol.tasks.gymnasium:Gymnasium",
         "jsonl": "ondol.tasks.jsonl:Jsonl",
+        "miniwob": "ondol.tasks.miniwob:Miniwob",
         "reasoning-gym": "ondol.tasks.reasoning_gym:ReasoningGym",
         "recall": "ondol.tasks.recall:Recall",
         "search-qa": "ondol.tasks.search_qa:SearchQuestions",
@@ -67,6 +71,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "envs": {
         "feedback": "ondol.envs.feedback:FeedbackEnv",
+        "game": "ondol.envs.game:GameEnv",
+        "miniwob": "ondol.envs.miniwob:MiniwobEnv",
         "moves": "ondol.envs.moves:MovesEnv",
         "stream": "ondol.envs.stream:StreamEnv",
         "tool": "ondol.envs.tool:ToolEnv",

@@ -2,6 +2,7 @@
 
 Message      one turn of a conversation, as text (a view: token ids are the record)
 ToolCall     what an assistant message asks a tool to do;  ToolResult: what came back
+Image        a picture in a message or a result, known by the hash of its PNG
 Problem      one question of a task, with what its verifier needs
 Turn         one sampled stretch of a trajectory, and what the environment answered
 Trajectory   token ids of a whole episode with masks, log-probs, weight versions, score and reward
@@ -13,13 +14,42 @@ StopReason   why a trajectory ended; Finish: why one turn did
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture that the agent saw. Equal pictures have equal hashes, and are stored once.
+
+    Attributes:
+        sha256: of the PNG file's bytes, in hex.
+        width, height: in pixels.
+        png: the file's bytes; None in a record that was read back, whose run keeps the file (`store.Images`).
+    """
+
+    sha256: str
+    width: int
+    height: int
+    png: bytes | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, png: bytes) -> Image:
+        """The image that a PNG file holds. Raises ValueError for anything else."""
+        if png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR" or len(png) < 33:
+            raise ValueError("an image must be the bytes of a PNG file")
+        width, height = struct.unpack(">II", png[16:24])
+        return cls(hashlib.sha256(png).hexdigest(), width, height, png)
+
+    def __str__(self) -> str:
+        return f"image {self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,7 @@ class ToolResult:
     ok: bool = True
     kind: str = "ok"  # ok | error | timeout | memory | unknown_tool | bad_arguments | crashed
     seconds: float = 0.0
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,7 @@ class Message:
     content: str
     calls: tuple[ToolCall, ...] = ()
     name: str | None = None
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,8 +183,18 @@ class Trajectory:
         return sum(self.sampled)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. Floats keep every bit (repr round-trips)."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON. Floats keep every bit (repr round-trips); images are references, without their bytes."""
+        data = dataclasses.asdict(self)
+        for holder in (*data["messages"], *(r for t in data["turns"] for r in t["results"])):
+            for image in holder["images"]:
+                del image["png"]
+        return data
+
+    @property
+    def images(self) -> list[Image]:
+        """Every different image of the episode, in the order it was seen."""
+        holders = (*self.messages, *(r for t in self.turns for r in t.results))
+        return list(dict.fromkeys(image for holder in holders for image in holder.images))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trajectory:
@@ -161,18 +203,23 @@ class Trajectory:
         def call(d: dict[str, Any]) -> ToolCall:
             return ToolCall(**d)
 
+        def images(d: dict[str, Any]) -> tuple[Image, ...]:  # records written before there were images have none
+            return tuple(Image(**i) for i in d.get("images", ()))
+
         turns = [
             Turn(
                 **{
                     **t,
                     "finish": Finish(t["finish"]),
                     "calls": [call(c) for c in t["calls"]],
-                    "results": [ToolResult(**r) for r in t["results"]],
+                    "results": [ToolResult(**{**r, "images": images(r)}) for r in t["results"]],
                 }
             )
             for t in data["turns"]
         ]
-        messages = [Message(**{**m, "calls": tuple(call(c) for c in m["calls"])}) for m in data["messages"]]
+        messages = [
+            Message(**{**m, "calls": tuple(call(c) for c in m["calls"]), "images": images(m)}) for m in data["messages"]
+        ]
         return cls(
             **{
                 **data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Picture
 
 from ondol.engines.base import Completion, Request, Sampling
 from ondol.engines.endpoint import EndpointEngine, TextRenderer, stop_at
@@ -21,8 +23,9 @@ from ondol.envs.tool import ToolEnv
 from ondol.errors import OndolError
 from ondol.evaluate import evaluate
 from ondol.methods.grpo import GRPO
-from ondol.records import Finish, Message, StopReason, Trajectory
+from ondol.records import Finish, Image, Message, StopReason, Trajectory
 from ondol.tasks.arithmetic import Arithmetic
+from ondol.tools.image import png_of
 from ondol.view.trajectory import render_trajectory
 
 Answer = tuple[int, str, bytes, dict[str, str]]  # status, content type, body, more headers
@@ -156,6 +159,26 @@ def test_the_answer_and_what_was_sent(server: Server):
         "model": "m", "temperature": 0.7, "top_p": 0.9, "max_tokens": 13, "stop": ["</python>"], "min_p": 0.1,
     }  # fmt: skip
     assert "top_k" not in sent and 0 <= sent["seed"] < 2**31
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_pictures_go_to_a_model_that_sees(server: Server, sees: bool):
+    png = png_of(Picture.new("RGB", (3, 2)))
+    seen, refers = Image.of(png), Image("0" * 64, 3, 2)
+    messages = [
+        Message("user", "look", images=(seen,)),
+        Message("user", "", images=(seen,)),
+        Message("user", "x", images=(refers,)),
+    ]
+    ask(server, Request("s", [], Sampling(), (0,), messages=messages), images=sees)
+    first, second, third = (m["content"] for m in server.seen[0]["messages"])
+    line = "[image 3x2: not shown, this model reads text only]"
+    assert third == f"x\n{line}", "of a reference there is nothing to send"
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}}
+    if sees:
+        assert first == [{"type": "text", "text": "look"}, part] and second == [part]
+    else:
+        assert first == f"look\n{line}" and second == line
 
 
 def test_seeds_follow_the_request_alone(server: Server):

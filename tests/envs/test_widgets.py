@@ -17,6 +17,7 @@ from ondol.models.chat import renderer_for
 from ondol.models.tiny import character_tokenizer
 from ondol.records import Message
 from ondol.tasks.widgets import COMMANDS, END, WORDS, Widgets, goal_of, kind, world_of
+from ondol.tools.gui import Action
 
 TASKS = (Widgets(), Widgets(tabs=1, widgets=1, goals=(1, 1)), Widgets(tabs=4, widgets=12, goals=(1, 6), seed=3))
 tasks = st.sampled_from(TASKS)
@@ -181,3 +182,98 @@ def test_wrong_settings_and_pairs_are_refused() -> None:
     other = parts.make("tasks", "two-addends")
     with pytest.raises(OndolError, match=r"set task\.name to widgets"):
         WidgetsEnv().episode(other, other.problem(0), "t", None)
+
+
+# The same world as a screen of elements and places
+
+SCREENS = tuple(
+    Widgets(tabs=tabs, widgets=count, goals=goals, actions=way, look=look)
+    for tabs, count, goals in ((2, 6, (2, 3)), (3, 30, (1, 6)), (1, 1, (1, 1)))
+    for way in ("numbers", "places")
+    for look in ("phone", "desktop")
+)
+screens = st.sampled_from(SCREENS)
+gui_actions = st.one_of(
+    st.text(max_size=12),
+    st.builds("click({})".format, st.integers(0, 40)),
+    st.builds("click({}, {})".format, st.integers(0, 400), st.integers(0, 400)),
+    st.builds('type({}, "{}")'.format, st.integers(0, 40), st.sampled_from(WORDS + COMMANDS)),
+    st.builds('type("{}")'.format, st.sampled_from(WORDS + COMMANDS)),
+    st.builds("run({})".format, st.sampled_from(COMMANDS)),
+    st.builds("drag(90, {}, 90, {})".format, st.integers(0, 300), st.integers(0, 300)),
+    st.sampled_from(["scroll(down)", "scroll(up)", "back()", "home()", "wait()", "hover(3)", "scroll(left)"]),
+)
+
+
+@given(screens, st.integers(0, 200))
+def test_the_gold_answer_is_played_out_on_a_screen(task, index) -> None:
+    problem = task.problem(index)
+    texts = problem.answer.split("\n")
+    assert len(texts) <= task.most_turns
+    first, results = play(WidgetsEnv(max_turns=task.most_turns), task, problem, texts)
+    assert results[-1].score == results[-1].reward == 1 and all(r.results[0].ok for r in results[:-1])
+    assert first[0].content.startswith("You operate an app on a screen of")
+    assert all(("," in t) == (task.actions == "places") for t in texts if t.startswith("click"))
+    for miss in task.near_misses(problem):
+        assert task.score(problem, miss) < 1, miss
+
+
+@given(screens, st.integers(0, 100), st.lists(gui_actions, max_size=10))
+def test_rubbish_on_a_screen(task, index, texts) -> None:
+    """Never an exception, never a reward; what the observation says is there can be acted on; the goal stays in reach."""
+    problem = task.problem(index)
+    _, results = play(WidgetsEnv(max_turns=40), task, problem, texts)
+    assert all(r.reward == 0 and len(r.messages) == 1 for r in results)
+    world, goal = world_of(problem), goal_of(problem)
+    for text in texts:
+        before = copy.deepcopy(vars(world))
+        if task.carry_out(world, text) is not None:
+            assert vars(world) == before, text
+        seen = world.view()
+        assert 0 <= world.opened < len(world.tabs) and world.scrolled >= 0
+        for e in seen.elements:
+            assert e.box[0] >= 0 and e.box[1] >= 0 and e.box[2] <= seen.width and e.box[3] <= seen.height
+            assert seen.at(((e.box[0] + e.box[2]) // 2, (e.box[1] + e.box[3]) // 2)) is e
+    for action in world.solve_on_screen(goal, places=task.actions == "places")[:-1]:
+        assert world.do(action) is None
+    assert world.misses(goal) == []
+
+
+def test_phones_and_desktops_scroll_go_back_and_say_what_is_wrong() -> None:
+    task = Widgets(tabs=2, widgets=20, goals=(1, 2), actions="numbers")
+    problem = next(p for p in map(task.problem, range(99)) if len(world_of(p).tabs[0]) > 9)
+    world = world_of(problem)
+    here = world.tabs[0]
+    last = here[-1]
+    assert (
+        f"({len(here) - 7} more below)" in world.view().text and world.do(Action("click", (last,))) == f"no {last} here"
+    )
+    assert world.do(Action("drag", points=((90, 250), (90, 10)))) is None and world.scrolled == min(6, len(here) - 7)
+    assert world.do(Action("scroll", text="down")) is None or world.scrolled == len(here) - 7
+    assert last in [e.number for e in world.view().elements]
+    assert world.do(Action("scroll", text="down")) == "there is no more"
+    assert world.do(Action("back")) == "nothing to go back to"
+    assert world.do(Action("click", (22,))) is None and world.opened == 1 and world.scrolled == 0
+    assert world.do(Action("back")) is None and world.opened == 0
+    assert world.do(Action("type", text="hi")) == "nothing has the focus"
+    assert world.do(Action("hover", (1,))) == "hover does nothing here"
+    places = Widgets(tabs=2, widgets=20, goals=(1, 2), actions="places")
+    assert places.carry_out(world, "click(1)") == "point to a place, as in click(90, 60)"
+
+
+def test_pictures_of_the_screen_are_the_same_and_show_the_state() -> None:
+    task = Widgets(actions="places", look="desktop")
+    problem = task.problem(0)
+    env = WidgetsEnv(pictures=True, max_turns=20)
+    first, results = play(env, task, problem, problem.answer.split("\n"))
+    images = [first[-1].images[0], *(m.images[0] for r in results[:-1] for m in r.messages)]
+    assert {(i.width, i.height) for i in images} == {(320, 200)}
+    assert images == [first[-1].images[0], *(r.results[0].images[0] for r in results[:-1])]
+    again, _ = play(env, task, problem, [])
+    assert again == first and len(set(images)) == len(images), "each action of the gold answer is to be seen"
+
+
+def test_the_short_way_is_as_it_was() -> None:
+    """Recipes and results rest on these problems."""
+    assert Widgets().problem(0).question == "1+ 2-\nAb 1- 2+ 3- 4- 5$"
+    assert Widgets(seed=3, tabs=4, widgets=12).problem(5).question == "1$rm 7-\nAbcd 1$ 2-"

@@ -14,6 +14,8 @@ from ondol import parts
 from ondol.errors import OndolError
 from ondol.records import Problem
 from ondol.tasks.base import Task, split_of
+from ondol.tools.chromium import missing
+from ondol.tools.tab import folder_of
 
 SPLITS = ("train", "test")
 
@@ -43,7 +45,12 @@ def tables(tmp_path_factory):
         "sql, duckdb": {"name": "sql", "engine": "duckdb"},
         "widgets": {"name": "widgets"},
         "widgets, many": {"name": "widgets", "tabs": 3, "widgets": 9, "goals": [1, 5]},
+        "widgets, places": {"name": "widgets", "tabs": 3, "widgets": 20, "actions": "places", "look": "desktop"},
         "jsonl": {"name": "jsonl", "path": str(path)},
+        "gymnasium": {"name": "gymnasium"},
+        "gymnasium, taxi": {"name": "gymnasium", "id": "Taxi-v4"},
+        "gymnasium, cards": {"name": "gymnasium", "id": "Blackjack-v1"},
+        "miniwob": {"name": "miniwob", "pages": ["click-test-2", "enter-text"]},
         "reasoning-gym": {"name": "reasoning-gym", "dataset": "chain_sum"},
         "reasoning-gym, options": {
             "name": "reasoning-gym",
@@ -70,7 +77,12 @@ CASES = [
     "sql, duckdb",
     "widgets",
     "widgets, many",
+    "widgets, places",
     "jsonl",
+    "gymnasium",
+    "gymnasium, taxi",
+    "gymnasium, cards",
+    "miniwob",
     "reasoning-gym",
     "reasoning-gym, options",
     "reasoning-gym, listed items",
@@ -85,6 +97,11 @@ def task(request, tables) -> Task:
         pytest.importorskip("reasoning_gym")
     if request.param.endswith("duckdb"):
         pytest.importorskip("duckdb")
+    if request.param.startswith("gymnasium"):
+        pytest.importorskip("gymnasium")
+    no_pages = missing() or (None if folder_of("miniwob") else "the package miniwob is not installed")
+    if request.param.startswith("miniwob") and no_pages:
+        pytest.skip(no_pages)
     return parts.make("tasks", tables[request.param])
 
 

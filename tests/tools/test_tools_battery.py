@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
 from ondol import parts
 from ondol.errors import OndolError
-from ondol.records import ToolCall, ToolResult
-from ondol.tools.base import Tool, Toolset, call_tool
+from ondol.records import Image, ToolCall, ToolResult
+from ondol.tools.base import Sees, Tool, Toolset, call_tool
 from ondol.tools.calculator import evaluate, plain
+from ondol.tools.image import png_of
 
 # What stands for several tools needs a server: test_remote.py, test_mcp_client.py, test_tool_server.py.
 TOOLS = sorted(n for n in parts.BUILT_IN["tools"] if not issubclass(parts.find("tools", n), Toolset))
@@ -30,8 +32,17 @@ SIMPLE: dict[str, tuple[str, ...]] = {  # main arguments that must work, the las
     "search": ("apothecary",),
     "sql": ("SELECT 6 * 7",),
     "zoom": ("b1",),
+    "image": ("1, 2, 5, 9",),
+    "browser": ("goto(data:text/html,<title>t</title>42)",),
 }
-SAYS = {"memory": "ok", "search": "apothecary", "zoom": "42"}  # what comes back (of it), where that is not 42 alone
+SAYS = {  # what comes back (of it), where that is not 42 alone
+    "memory": "ok",
+    "search": "apothecary",
+    "zoom": "42",
+    "image": "picture 1, area 1, 2, 5, 9, 2x: 8x14",
+    "browser": "page: t (data:text/html,<title>t</title>42)\n42",
+}
+PICTURE = Image.of(png_of(Pillow.new("RGB", (20, 10), "red")))
 TABLES = {  # settings without which there is nothing to work on
     "search": {"corpus": "archive", "results": 1},
     "zoom": {"size": 2, "picture": ["..42", "...."]},
@@ -43,8 +54,13 @@ def make(name: str, **settings: Any) -> Tool:
 
 
 def call(tool: Tool, *calls: ToolCall) -> list[ToolResult]:
+    if reason := tool.unavailable():
+        pytest.skip(f"{tool.name}: {reason}")
+
     async def go():
         session = tool.session("t")
+        if isinstance(session, Sees):
+            session.see([PICTURE])
         try:
             return [await call_tool(session, tool, c) for c in calls]
         finally:

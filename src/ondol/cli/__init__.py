@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--problems", type=int, default=None, help="how many held-out problems")
     c.add_argument("--samples", type=int, default=None, help="sampled answers per problem")
     c.add_argument("--endpoint", metavar="URL", help="score a model behind an OpenAI-compatible server instead")
+    c.add_argument("--endpoint-images", action="store_true", help="the model there sees pictures: send them")
     c.add_argument("--endpoint-model", metavar="NAME", default="default", help="the model's name at that server")
 
     c = command(

@@ -24,13 +24,14 @@ _EXTRAS = {
     "mcp": "mcp",
     "duckdb": "data",
     "bm25s": "data",
+    "gymnasium": "games",
 }
 
 
 def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = [{"what": "python", "state": "ok", "detail": platform.python_version()}]
     rows += _torch()
-    rows += [_model(), _sandbox(), *_levels()]
+    rows += [_model(), _sandbox(), *_levels(), _browser()]
     for module, extra in _EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         rows.append(
@@ -105,3 +106,10 @@ def _reached(found: Any) -> str:
     if found.level is None:
         return "cpython, shell and files do not work here"
     return f"{found.level}: {found.walls}; for cpython, shell, files and the code judge"
+
+
+def _browser() -> dict[str, Any]:
+    from ondol.tools.chromium import find_chromium, missing
+
+    reason = missing()
+    return {"what": "browser", "state": "absent" if reason else "ok", "detail": reason or str(find_chromium())}

@@ -80,7 +80,9 @@ def open_model(
 def _endpoint(args: Namespace, recipe: Recipe, stack: ExitStack) -> tuple[Any, Any]:
     from ondol.engines.endpoint import EndpointEngine, TextRenderer
 
-    engine = EndpointEngine(args.endpoint, args.endpoint_model, max_batch=recipe.rollout.max_batch)
+    engine = EndpointEngine(
+        args.endpoint, args.endpoint_model, max_batch=recipe.rollout.max_batch, images=args.endpoint_images
+    )
     stack.enter_context(engine)
     engine.check()
     return engine, TextRenderer()

@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
             console.print(table(rows, ["step", *(_COLUMNS[m] for m in found)]))
         for t in wanted:
             console.print()
-            console.print(render_trajectory(t))
+            console.print(render_trajectory(t, images=opened.db.images))
         if plot:
             console.print(Text(f"curves: {plot}"))
         return 0

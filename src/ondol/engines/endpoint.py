@@ -12,6 +12,7 @@ Token ids and log-probabilities stay unknown, so completions have text only and 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import queue
@@ -25,6 +26,7 @@ import numpy as np
 
 from ondol.engines.base import Completion, EngineStats, Request
 from ondol.errors import OndolError
+from ondol.models.chat.base import readable
 from ondol.models.chat.chatml import ChatML
 from ondol.records import Finish, Message
 
@@ -66,9 +68,12 @@ class EndpointEngine:
         model: its name at that server.
         max_batch: most requests under way at once.
         tries: how often a request is sent when the server is busy (429), fails (5xx) or drops the connection.
+        images: the model sees; messages carry their images. Otherwise a line of text stands for each.
     """
 
-    def __init__(self, url: str, model: str = "default", *, max_batch: int = 64, tries: int = 3) -> None:
+    def __init__(
+        self, url: str, model: str = "default", *, max_batch: int = 64, tries: int = 3, images: bool = False
+    ) -> None:
         try:
             import openai
         except ImportError as e:
@@ -76,7 +81,7 @@ class EndpointEngine:
         if not url.startswith(("http://", "https://")):
             raise OndolError(f"'{url}' is not the URL of a server", "give one such as http://localhost:8000/v1")
         key = (os.environ.get("ONDOL_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none").strip()
-        self.url, self.model, self.tries = url, model, tries
+        self.url, self.model, self.tries, self.images = url, model, tries, images
         self.version = 0
         self.stats = EngineStats()
         self._openai = openai
@@ -230,7 +235,7 @@ class EndpointEngine:
         s = request.sampling
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [_message(m) for m in request.messages],
+            "messages": [_message(m, self.images) for m in request.messages],
             "temperature": s.temperature,
             "top_p": s.top_p,
             "max_tokens": s.max_tokens,
@@ -289,9 +294,16 @@ def _stopped_at(choice: Any) -> str | None:
     return None
 
 
-def _message(message: Message) -> dict[str, str]:
+def _message(message: Message, images: bool) -> dict[str, Any]:
+    shown = [i.png for i in message.images if i.png is not None] if images else []
+    message = message if shown else readable(message)
     role = "user" if message.role == "tool" else message.role
-    return {"role": role, "content": message.content.encode("utf-8", "replace").decode()}  # no lone surrogates
+    text = message.content.encode("utf-8", "replace").decode()  # no lone surrogates
+    if not shown:
+        return {"role": role, "content": text}
+    urls = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in shown]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": role, "content": [{"type": "text", "text": text}, *parts] if text else parts}
 
 
 def _text(error: BaseException) -> str:

@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ondol.envs.base import Env, StepResult
 from ondol.parts import make, names
-from ondol.records import Message, Problem, ToolCall, ToolResult
+from ondol.records import Image, Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
-from ondol.tools.base import Tool, ToolSession, Toolset, call_tool, unpack
+from ondol.tools.base import Sees, Tool, ToolSession, Toolset, call_tool, unpack
 from ondol.tools.calls import CallStyle, Json, Tags
 
 TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
@@ -101,18 +101,22 @@ class Toolbox:
         self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
         self.problem = problem or Problem("", "", "")
         self.sessions: dict[str, ToolSession] = {}
+        self.seen: list[Image] = []  # by the agent, in the question and in results
 
     async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
         """Results in the order of a turn's calls (at least one), and the observation that tells the model of them."""
         assert self.style is not None, "calls come from a call style, and without tools there is none"
         results = await asyncio.gather(*(self._call(c) for c in calls))
         text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, calls))
-        return list(results), Message(self.env.result_role, text, name=calls[0].name or None)
+        images = tuple(image for r in results for image in r.images)
+        self.seen += images
+        return list(results), Message(self.env.result_role, text, name=calls[0].name or None, images=images)
 
     async def close(self) -> None:
         for session in self.sessions.values():
             await session.close()
         self.sessions.clear()
+        self.seen.clear()
 
     async def _call(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
@@ -123,7 +127,10 @@ class Toolbox:
             return ToolResult(f"error: there is no tool '{call.name}'; known: {known}", ok=False, kind="unknown_tool")
         if call.name not in self.sessions:
             self.sessions[call.name] = tool.open(self.id, self.problem)
-        return await call_tool(self.sessions[call.name], tool, call)
+        session = self.sessions[call.name]
+        if isinstance(session, Sees):
+            session.see(tuple(self.seen))
+        return await call_tool(session, tool, call)
 
 
 class _Episode:
@@ -137,7 +144,9 @@ class _Episode:
     async def reset(self) -> list[Message]:
         system = self.env.system_text(self.renderer)
         first = [Message("system", system)] if system else []
-        return [*first, *self.examples, Message("user", self.problem.question)]
+        images = self.task.images(self.problem)
+        self.toolbox.seen += images
+        return [*first, *self.examples, Message("user", self.problem.question, images=images)]
 
     async def step(self, action: Message, last_turn: bool) -> StepResult:
         if self.over:

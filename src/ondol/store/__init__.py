@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ondol.store.checkpoint import latest_checkpoint, save_checkpoint
 from ondol.store.database import Database, Event, MetricRow, TrajectoryRow
+from ondol.store.images import Images
 from ondol.store.metrics import METRICS, Metric, metric, register
 from ondol.store.run import STATES, Run, RunSummary
 
@@ -12,6 +13,7 @@ __all__ = [
     "STATES",
     "Database",
     "Event",
+    "Images",
     "Metric",
     "MetricRow",
     "Run",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ondol.errors import OndolError
 from ondol.records import Trajectory
+from ondol.store.images import Images
 from ondol.store.metrics import metric
 
 _VERSION = 1
@@ -69,10 +70,13 @@ class Database:
     Args:
         path: the SQLite file; made when it is not there and `write` is on.
         write: False opens it for reading only and never makes or locks anything.
+    Attributes:
+        images: the pictures of its trajectories, in the folder `images` beside it.
     """
 
     def __init__(self, path: Path, write: bool = True) -> None:
         self.path, self.write = Path(path), write
+        self.images = Images(self.path.with_name("images"))
         self._lock = threading.RLock()
         if not write and not self.path.exists():
             raise OndolError(f"{self.path}: there is no such run database", "give the folder of a run")
@@ -177,13 +181,17 @@ class Database:
             )
 
     def add_trajectories(self, phase: str, step: int, trajectories: Sequence[Trajectory]) -> None:
-        """Record whole trajectories; (phase, step, problem, sample) written again is replaced."""
+        """Record whole trajectories; (phase, step, problem, sample) written again is replaced.
+
+        Images are stored first, so that no record ever refers to one that is not there.
+        """
         rows = []
         for t in trajectories:
             _, problem, sample = t.key
             data = _dumps(t.to_dict(), f"trajectory {t.key}")
             shown = (t.problem.id, t.score, t.reward, t.stop_reason.value, len(t.ids))
             rows.append((phase, step, problem, sample, *shown, data))
+            self.images.save(t.images)
         with self.step(), self._errors():
             self._db.executemany(
                 "INSERT OR REPLACE INTO trajectories"

@@ -1,4 +1,4 @@
-"""A run is a folder: recipe.toml, environment.json, run.sqlite, checkpoints/, and a lock that its one writer holds."""
+"""A run is a folder: recipe.toml, environment.json, run.sqlite, images/, checkpoints/, and a lock that its one writer holds."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Run:
     def export(self, what: Literal["metrics", "trajectories", "events"], path: Path) -> int:
         """Write JSONL, one record a line; returns how many. The file appears when it is whole.
 
-        A metric that is not finite is written as the string "nan", "inf" or "-inf": JSON has no number for it.
+        An image is a reference: the file is `images/<sha256>.png` in the run's folder. A metric that is not finite is written as the string "nan", "inf" or "-inf": JSON has no number for it.
         """
         rows: Iterator[dict[str, Any]]
         if what == "metrics":

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ondol.errors import OndolError
 from ondol.parts import Part
-from ondol.records import Problem
+from ondol.records import Image, Problem
 
 Split = Literal["train", "test"]
 
@@ -37,6 +37,10 @@ class Task(Part):
     def size(self, split: Split) -> int | None:
         """How many different problems a split has; None when they are drawn without end."""
         return None
+
+    def images(self, problem: Problem) -> tuple[Image, ...]:
+        """Pictures that are shown with the question."""
+        return ()
 
     def score(self, problem: Problem, response: str) -> float:
         """How right `response` is, in [0, 1]."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
 from ondol.errors import OndolError, nearest
 from ondol.parts import Part
-from ondol.records import Problem, ToolCall, ToolResult
+from ondol.records import Image, Problem, ToolCall, ToolResult
 from ondol.tools.actions import Action, find_action
 
 
@@ -26,6 +26,13 @@ class ToolSession(Protocol):
     async def close(self) -> None:
         """Give back what the session holds. May be called twice."""
         ...
+
+
+@runtime_checkable
+class Sees(Protocol):
+    """A session that works on pictures: before each call it is told of all that the trajectory has shown, in order."""
+
+    def see(self, images: Sequence[Image]) -> None: ...
 
 
 class Tool(Part):
@@ -47,6 +54,10 @@ class Tool(Part):
     def deadline_s(self) -> float:
         """When `call_tool` gives a call up; longer than `timeout_s` where a tool keeps its limit itself."""
         return self.timeout_s
+
+    def unavailable(self) -> str | None:
+        """Why the tool cannot work on this machine (a program or a package is missing); None where it can."""
+        return None
 
     def schema(self) -> dict[str, Any]:
         """The tool in OpenAI's function format, as chat templates take it."""

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.rule import Rule
 from rich.text import Text
 
-from ondol.records import Message, ToolCall, ToolResult, Trajectory, Turn
+from ondol.records import Image, Message, ToolCall, ToolResult, Trajectory, Turn
+from ondol.store import Images
 
 SAMPLED = "green"
 CALL = "bold magenta"
@@ -48,13 +49,16 @@ def fold(text: str, characters: int = 2000, lines: int = 60) -> str:
     return text
 
 
-def render_trajectory(trajectory: Trajectory, tokenizer: Any = None, fold_characters: int = 2000) -> Group:
+def render_trajectory(
+    trajectory: Trajectory, tokenizer: Any = None, fold_characters: int = 2000, images: Images | None = None
+) -> Group:
     """The trajectory for a rich console.
 
     Args:
         tokenizer: anything with `decode(ids)`. With it the text shown is that of the token ids, special tokens
             included, which is what was trained on; without it that of the messages and turns.
         fold_characters: longer texts lose their middle.
+        images: where the run keeps its pictures; those of the episode are listed with their files.
     """
     parts = [Rule(style=DIM), _title(trajectory)]
     body = _from_ids(trajectory, tokenizer) if tokenizer is not None else _from_messages(trajectory)
@@ -63,6 +67,7 @@ def render_trajectory(trajectory: Trajectory, tokenizer: Any = None, fold_charac
             parts.append(Text(safe_text(heading), style=_ROLE.get(role, "bold"), overflow="fold"))
         if text:
             parts.append(_text(text, style, fold_characters))
+    parts += [Text(line, style=CALL, overflow="fold") for line in _images(trajectory.images, images)]
     if "error" in trajectory.info:
         parts.append(_text(f"error: {trajectory.info['error']}", "bold red", fold_characters))
     return Group(*parts, Rule(style=DIM))
@@ -149,12 +154,25 @@ def _call(call: ToolCall) -> str:
 def _message(message: Message, result: ToolResult | None = None) -> _Section:
     heading = f"{message.role} {message.name}" if message.name else message.role
     note = _outcome(result) if result is not None else ""
-    return (f"{heading} ({note})" if note else heading, message.role, message.content, DIM)
+    return (f"{heading} ({note})" if note else heading, message.role, _shown(message.content, message.images), DIM)
 
 
 def _result(result: ToolResult) -> _Section:
     note = _outcome(result)
-    return (f"tool ({note})" if note else "tool", "tool", result.text, DIM)
+    return (f"tool ({note})" if note else "tool", "tool", _shown(result.text, result.images), DIM)
+
+
+def _shown(text: str, images: tuple[Image, ...]) -> str:
+    """A text, and its pictures by size and the beginning of their hash."""
+    return "\n".join(filter(None, (text, *(f"[{i}, {i.sha256[:12]}]" for i in images))))
+
+
+def _images(seen: list[Image], stored: Images | None) -> list[str]:
+    """A line for each picture: what it is, and the file that holds it."""
+    if stored is None:
+        return []
+    places = [(image, stored.path(image)) for image in seen]
+    return [f"{i} {i.sha256[:12]}: {p if p.exists() else f'{p} (missing)'}" for i, p in places]
 
 
 def _outcome(result: ToolResult) -> str:

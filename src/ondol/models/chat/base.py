@@ -7,10 +7,13 @@ A family renders *pieces*: plain text, or the id of one control token (`<|im_end
 it is encoded, so the ids equal those of the tokenizer's own template. Control tokens come only from the format itself:
 the same characters inside a message are encoded as ordinary text, so that a tool's output cannot close a turn. Equality
 with the template is therefore promised for contents without control-token strings only.
+
+Images: none of these families sees any, so a message's images become a line of text that says so (`readable`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -140,7 +143,7 @@ class Renderer(ABC):
             if message.role not in ("tool", "user"):
                 raise ValueError(f"an observation has tool and user messages, not '{message.role}'")
         closing: list[Piece] = [self.after_end] if ended else [self.end_id, self.after_end]
-        return self._encode([*closing, *self._turns(messages), *self._generation()])
+        return self._encode([*closing, *self._turns([readable(m) for m in messages]), *self._generation()])
 
     @abstractmethod
     def call_text(self, call: ToolCall) -> str:
@@ -169,7 +172,7 @@ class Renderer(ABC):
     def _conversation(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Piece]:
         if not messages:
             raise OndolError("a conversation needs at least one message", "give a system or user message")
-        head, rest = self._head(messages, tools)
+        head, rest = self._head([readable(m) for m in messages], tools)
         return [*head, *self._turns(rest)]
 
     def _encode(self, pieces: Iterable[Piece]) -> list[int]:
@@ -185,8 +188,17 @@ class Renderer(ABC):
         return ids + (self.codec.text(text) if text else [])
 
 
+def readable(message: Message) -> Message:
+    """The message for a model that reads text only: each image is named in a line of its own."""
+    if not message.images:
+        return message
+    lines = (f"[{image}: not shown, this model reads text only]" for image in message.images)
+    return dataclasses.replace(message, content="\n".join(filter(None, (message.content, *lines))), images=())
+
+
 def template_message(message: Message) -> dict[str, Any]:
-    """The message as `apply_chat_template` and OpenAI-compatible endpoints take it."""
+    """The message as `apply_chat_template` and OpenAI-compatible endpoints take it, its images named in text."""
+    message = readable(message)
     out: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         out["name"] = message.name

@@ -1,0 +1,68 @@
+"""GameEnv: a game that is told in text, an action a turn; any task that can open its problem as a `Game` brings one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from ondol.envs.base import Env, StepResult
+from ondol.errors import OndolError
+from ondol.records import Message, Problem, ToolResult
+from ondol.tasks.base import Task
+from ondol.tasks.games import Game, GameTask
+
+
+class GameEnv(Env):
+    """A game of the task's. It ends the episode, or the last turn does, and then it is lost."""
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"games", "planning"})
+    action_space: ClassVar[str] = "one word or command a turn"
+
+    max_turns: int = Field(default=30, ge=1, description="most turns; a game that is not over by then is lost")
+    system: str | None = Field(
+        default=None, description="system message; by default the rules of the game, '' for none"
+    )
+
+    def episode(
+        self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
+    ) -> _Episode:
+        if not isinstance(task, GameTask):
+            raise OndolError(
+                f"the environment 'game' has no game for a problem of the task {type(task).__name__}",
+                "set task.name to gymnasium, or leave env.name at tool",
+            )
+        return _Episode(self, task, problem, trajectory_id, examples)
+
+
+class _Episode:
+    def __init__(
+        self, env: GameEnv, task: GameTask, problem: Problem, trajectory_id: str, examples: Sequence[Message]
+    ) -> None:
+        self.env, self.id, self.examples = env, trajectory_id, examples
+        self.game: Game = task.open(problem)
+        self.over = False
+
+    async def reset(self) -> list[Message]:
+        said = self.game.rules if self.env.system is None else self.env.system
+        first = [Message("system", said)] if said else []
+        return [*first, *self.examples, Message("user", self.game.start())]
+
+    async def step(self, action: Message, last_turn: bool) -> StepResult:
+        if self.over:
+            raise RuntimeError(f"episode {self.id} is over: reset a new one")
+        told = self.game.act(action.content)
+        self.over = told.done or last_turn
+        result = ToolResult(told.text, ok=told.ok, kind="ok" if told.ok else "bad_arguments")
+        return StepResult(
+            [] if self.over else [Message("user", told.text)],
+            reward=told.reward,
+            terminated=told.done,
+            truncated=last_turn and not told.done,
+            score=told.score if told.done else 0.0,
+            results=[result],
+        )
+
+    async def close(self) -> None:
+        self.game.close()
