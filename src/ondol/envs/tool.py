@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -10,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ondol.envs.base import Env, StepResult
+from ondol.errors import OndolError
 from ondol.parts import make, names
 from ondol.records import Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
@@ -17,6 +20,9 @@ from ondol.tools.base import Tool, ToolSession, call_tool
 from ondol.tools.calls import CallStyle, Json, Tags
 
 TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
+
+#: the ends of a result that was cut, and the note; VerlTool's (arXiv 2509.01055)
+_CUT = {"left": "{1}...(truncated)", "middle": "{0}...(truncated)...{1}", "right": "{0}(truncated)..."}
 
 
 class ToolEnv(Env):
@@ -35,6 +41,13 @@ class ToolEnv(Env):
     system: str | None = Field(default=None, description="system message; by default a line that describes the tools")
     result_role: Literal["tool", "user"] = Field(
         default="user", description="role of the message that carries a tool's result"
+    )
+    max_observation_tokens: int = Field(
+        default=0, ge=0, description="longer results are cut to so many tokens and a note of it; 0: never"
+    )
+    truncate_observation: Literal["left", "middle", "right"] = Field(
+        default="middle",
+        description="where they are cut: left keeps the last tokens, middle both ends, right the first",
     )
 
     @field_validator("tools", mode="before")
@@ -92,19 +105,36 @@ class Toolbox:
 
     def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str) -> None:
         self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
+        self.codec: Any = getattr(renderer, "codec", None)
+        if env.max_observation_tokens and self.codec is None:
+            raise OndolError(
+                "env.max_observation_tokens counts tokens, and an endpoint's model has a tokenizer of its own",
+                "set it to 0 to evaluate over an endpoint",
+            )
         self.sessions: dict[str, ToolSession] = {}
 
     async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
         """Results in the order of a turn's calls (at least one), and the observation that tells the model of them."""
         assert self.style is not None, "calls come from a call style, and without tools there is none"
-        results = await asyncio.gather(*(self._call(c) for c in calls))
+        results = [self._cut(r) for r in await asyncio.gather(*(self._call(c) for c in calls))]
         text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, calls))
-        return list(results), Message(self.env.result_role, text, name=calls[0].name or None)
+        return results, Message(self.env.result_role, text, name=calls[0].name or None)
 
     async def close(self) -> None:
-        for session in self.sessions.values():
-            await session.close()
-        self.sessions.clear()
+        sessions, self.sessions = list(self.sessions.values()), {}
+        for failed in await asyncio.gather(*(s.close() for s in sessions), return_exceptions=True):
+            if failed is not None:
+                raise failed
+
+    def _cut(self, result: ToolResult) -> ToolResult:
+        """The result with no more of its text than the setting allows, and a note where some is left out. Counted is the
+        text alone: neither the note nor what the call style or the chat format puts around it."""
+        most, side = self.env.max_observation_tokens, self.env.truncate_observation
+        if not most:
+            return result
+        first, last = {"left": (0, most), "middle": (most // 2, most // 2), "right": (most, 0)}[side]
+        ends = self.codec.ends(result.text, most, first, last)
+        return result if ends is None else dataclasses.replace(result, text=_CUT[side].format(*ends))
 
     async def _call(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
@@ -134,15 +164,30 @@ class _Episode:
     async def step(self, action: Message, last_turn: bool) -> StepResult:
         if self.over:
             raise RuntimeError(f"episode {self.id} is over: reset a new one")
-        if not action.calls:
-            self.over = True
-            score = self.task.score(self.problem, action.content)
-            return StepResult([], reward=score, terminated=True, score=score)
+        if not action.calls or self.problem.data.get("use_tool") is False:
+            return self._scored(action)
         if last_turn:
             self.over = True
             return StepResult([], truncated=True)
         results, observation = await self.toolbox.carry_out(action.calls)
-        return StepResult([observation], results=results)
+        earned = self._earned(action.calls, results)
+        if any(r.done for r in results):
+            return self._scored(action, earned, results)
+        return StepResult([observation], reward=earned, results=results)
+
+    def _scored(self, action: Message, earned: float = 0.0, results: Sequence[ToolResult] = ()) -> StepResult:
+        self.over = True
+        score = self.task.score(self.problem, action.content)
+        return StepResult([], reward=earned + score, terminated=True, score=score, results=list(results))
+
+    def _earned(self, calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> float:
+        for call, result in zip(calls, results, strict=True):
+            if not (math.isfinite(result.reward) and result.reward >= 0):
+                raise OndolError(
+                    f"sample {self.id}: the tool '{call.name}' gave a reward of {result.reward}",
+                    "a tool's reward is a number of at least 0; penalties belong to the task or the method",
+                )
+        return math.fsum(r.reward for r in results)
 
     async def close(self) -> None:
         await self.toolbox.close()
