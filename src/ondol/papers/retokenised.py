@@ -16,31 +16,19 @@ from ondol.rollout.scripted import ScriptEngine
 from ondol.tools.python import Python
 
 PAIRS = 1000
-_WORDS = [
-    "river",
-    "length",
-    "capital",
-    "France",
-    "author",
-    "novel",
-    "year",
-    "city",
-    "population",
-    "height",
-    "tower",
-    "film",
-]
+_WORDS = ("river", "length", "capital", "author", "novel", "year", "city", "population", "height", "tower", "film")
 
 
 def pair(random: Random, number: int) -> tuple[str, str]:
-    """An action and the observation that answers it, in one of the formats of the paper's tools."""
+    """An action and the observation that answers it, in one of the formats of the paper's tools: Python in tags, Python in
+    a fence, web search, SQL."""
     a, b = random.randrange(10, 10_000), random.randrange(10, 10_000)
     words = " ".join(random.sample(_WORDS, 4))
     return (
         (f"Let me compute it.\n<python>\nprint({a} * {b})\n</python>", f"\n<result>\n{a * b}\n</result>\n"),
         (f"I check it with code.\n```python\nprint({a} + {b})\n```output", f"\n{a + b}\n```\n"),
-        (f"I need to know more. <search>{words}</search>", f"<information>Doc 1: {words}, {a}.</information>"),
-        (f"<sql>SELECT name FROM t WHERE x > {a};\n</sql>\n", f"\n<result>[('{words}', {b})]</result>"),
+        (f"I must look it up. <search>{words}</search>", f"<result>Search results for '{words}':\n\nResult 1</result>"),
+        (f"<sql>SELECT x FROM t WHERE y > {a};</sql>", f"\n\n<observation>[({b},)]</observation>\n\n"),
     )[number % 4]
 
 
