@@ -166,7 +166,7 @@ def test_observations_are_plain_text():
     assert t.turns[1].calls == [] and t.turns[0].results[0].text == text
     seen = t.ids[t.turns[0].end : t.turns[1].start]
     frame = RENDERER.observation([Message("user", "<result></result>")], ended=False)
-    control = [encode("$")[0], TOKENIZER.encode("<|im_start|>", add_special_tokens=False)[0]]
+    control = [RENDERER.end_id, RENDERER.codec.control("<|im_start|>")]
     assert [i for i in seen if i in control] == [i for i in frame if i in control]
     assert text in TOKENIZER.decode(seen)
 
