@@ -56,12 +56,24 @@ def evaluate(
     seed: tuple[int, ...] = (0,),
     samples: int = 1,
     timeout_s: float = 600.0,
+    max_response_tokens: int | None = None,
     progress: Callable[[Trajectory], None] = lambda t: None,
     stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Mean score over problems (each the mean of its samples). Greedy needs one sample only."""
     samples = 1 if sampling.temperature == 0 else samples
-    plan = Plan(task, env, problems, samples, sampling, seed, timeout_s=timeout_s, progress=progress, stop=stop)
+    plan = Plan(
+        task,
+        env,
+        problems,
+        samples,
+        sampling,
+        seed,
+        timeout_s=timeout_s,
+        max_response_tokens=max_response_tokens,
+        progress=progress,
+        stop=stop,
+    )
     groups = rollout(engine, renderer, plan)
     return summarise(groups, samples)
 

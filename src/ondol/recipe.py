@@ -19,6 +19,7 @@ from ondol.methods.documented import refuse
 from ondol.models.lora import LoraSettings
 from ondol.parts import Part, explain, make, names
 from ondol.records import Message
+from ondol.rollout.masking import Masking
 from ondol.tasks.base import Task
 
 
@@ -37,19 +38,31 @@ class ModelSettings(Part):
     fused: bool = Field(default=True, description="norms and MLPs that need less memory; off is the plain path")
 
 
-class RolloutSettings(Part):
-    """How episodes are run."""
+class RolloutSettings(Masking):
+    """How episodes are run, and what of them is trained on."""
 
     max_batch: int = Field(default=64, ge=1, description="most sequences in the engine at once")
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of one trajectory")
     overlap_tools: bool = Field(
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
+    turn_barrier: bool = Field(
+        default=False, description="run no tool before every turn is sampled: a baseline, also exactly repeatable"
+    )
+    max_response_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens of a trajectory after its prompt, observations included"
+    )
     share_prefixes: bool = Field(default=True, description="compute common beginnings of prompts once")
     pack_weights: bool = Field(
         default=True,
         description="CPU: sample with a copy of the weights that is quicker to multiply; off is the plain path",
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RolloutSettings:
+        if self.overlap_tools and self.turn_barrier:
+            raise ValueError("overlap_tools and turn_barrier are two ways to run tools: give one of them")
+        return self
 
 
 class Example(Part):

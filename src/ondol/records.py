@@ -70,6 +70,8 @@ class ToolResult:
     kind: str = "ok"  # ok | error | timeout | memory | unknown_tool | bad_arguments | crashed
     seconds: float = 0.0
     images: tuple[Image, ...] = ()
+    reward: float = 0.0  # added to the trajectory's; at least 0
+    done: bool = False  # the episode is over, the turn that made the call is its answer
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class StopReason(StrEnum):
     EMPTY = "empty"  # it ended its turn at once, with no text
     MAX_TURNS = "max_turns"  # it called a tool on its last turn; the tool was not called
     TURN_LENGTH = "turn_length"  # a turn reached its token limit without an end or a call
+    RESPONSE_LENGTH = "response_length"  # turns and observations used up the trajectory's tokens
     CONTEXT = "context"  # no room left for another turn
     ENV_DONE = "env_done"  # the environment ended the episode
     TIMEOUT = "timeout"  # the trajectory's deadline passed
@@ -137,7 +140,8 @@ class Trajectory:
         key: (step, problem, sample): what this trajectory is, unique in a run's phase.
         prompt_length: tokens of `ids` before the first sampled one.
         sampled: the policy produced this token.
-        trained: this token counts in the loss (a subset of `sampled`, except in SFT data given by hand).
+        trained: this token counts in the loss (a subset of `sampled`, except in SFT data given by hand and where
+            `mask_observations` is off).
         logp: log-probability of a sampled token under the policy at the temperature used, before any
             truncation (top-k, top-p, min-p); 0.0 where not sampled.
         logp_truncated: the same under the truncated distribution that was really sampled from; empty when

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -17,8 +18,9 @@ from ondol.methods.grpo import GRPO
 from ondol.models.tiny import make_tiny
 from ondol.recipe import OptimizerSettings
 from ondol.records import Group, Problem, Trajectory
+from ondol.train.credit import credit
 from ondol.train.learner import Learner
-from ondol.train.logprobs import _Head
+from ondol.train.logprobs import _Head, log_probs
 from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_, pack
 from ondol.train.updates import NotFinite, dump_batch
@@ -477,3 +479,46 @@ def test_dumped_batch(tmp_path):
     for row, segment in zip(back["segments"].tolist(), batch.segments):
         assert (row[0], row[1]) == (segment.start, segment.end)
         assert (row[2] == -1) == (segment.parent is None)
+
+
+# -- masks that a rollout sets ------------------------------------------------------------------------------------
+
+
+def test_observations_that_are_trained_on_begin_at_a_ratio_of_one():
+    """They were not sampled, so what they are compared with are the weights before the first update."""
+    learner, ts = learner_of(tokens_per_microbatch=40), trajectories()
+    records_of(learner, ts)
+    for t in ts:
+        t.trained = [False] * t.prompt_length + [True] * (len(t.ids) - t.prompt_length)
+    before = [list(t.logp) for t in ts]
+    found = learner._with_old_logp(ts)
+    assert [t.logp for t in ts] == before  # the record stays
+    for t, full in zip(ts, found):
+        (batch,) = pack([Sequence_(t, 0, 1.0, 1.0)], 10**6)
+        with torch.no_grad():
+            now = log_probs(learner.model, batch)[0].tolist()
+        assert full.logp[t.prompt_length :] == pytest.approx(now, abs=1e-9)
+        assert [lp for lp, s in zip(full.logp, t.sampled) if s] == [lp for lp, s in zip(t.logp, t.sampled) if s]
+    metrics = learner.reinforce(groups_of(ts), GRPO(kl_coef=0))
+    assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-6) and metrics["learner/tokens"] > 0
+
+
+def test_a_trajectory_that_is_masked_whole_has_a_reward_and_no_gradient():
+    learner, ts = learner_of(), trajectories()
+    records_of(learner, ts)
+    for t in ts[::2]:
+        t.trained = [False] * len(t.ids)
+    found = credit(groups_of(ts), GRPO(kl_coef=0), {})
+    assert all(
+        a != 0 for a, g in zip(found.advantages, found.group) if len({t.reward for t in ts[4 * g : 4 * g + 4]}) > 1
+    )
+    assert [found.touched(i) for i in range(len(ts))] == [i % 2 == 1 and a != 0 for i, a in enumerate(found.advantages)]
+    garbled = [dataclasses.replace(t, logp=[lp - 1 for lp in t.logp]) if i % 2 == 0 else t for i, t in enumerate(ts)]
+    one, other = learner_of(), learner_of()
+    one.reinforce(groups_of(ts), GRPO(kl_coef=0))
+    other.reinforce(groups_of(garbled), GRPO(kl_coef=0))
+    for a, b in zip(one.model.parameters(), other.model.parameters()):
+        assert torch.equal(a, b)
+    for t in ts:
+        t.trained = [False] * len(t.ids)
+    assert learner.reinforce(groups_of(ts), GRPO(kl_coef=0))["updates/skipped"] == 1

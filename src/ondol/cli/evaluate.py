@@ -129,6 +129,7 @@ def _measure(
                     seed=(recipe.seed, PHASES["evaluate"]),
                     samples=count,
                     timeout_s=recipe.rollout.timeout_s,
+                    max_response_tokens=recipe.rollout.max_response_tokens,
                     progress=one_more,
                     stop=interrupt.check,
                 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ondol.envs.base import Env, StepResult
+from ondol.errors import OndolError
 from ondol.parts import make, names
 from ondol.records import Image, Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
@@ -16,6 +19,9 @@ from ondol.tools.base import Sees, Tool, ToolSession, Toolset, call_tool, unpack
 from ondol.tools.calls import CallStyle, Json, Tags
 
 TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
+
+#: the ends of a result that was cut, and the note; VerlTool's (arXiv 2509.01055)
+_CUT = {"left": "{1}...(truncated)", "middle": "{0}...(truncated)...{1}", "right": "{0}(truncated)..."}
 
 
 class ToolEnv(Env):
@@ -34,6 +40,13 @@ class ToolEnv(Env):
     system: str | None = Field(default=None, description="system message; by default a line that describes the tools")
     result_role: Literal["tool", "user"] = Field(
         default="user", description="role of the message that carries a tool's result"
+    )
+    max_observation_tokens: int = Field(
+        default=0, ge=0, description="longer results are cut to so many tokens and a note of it; 0: never"
+    )
+    truncate_observation: Literal["left", "middle", "right"] = Field(
+        default="middle",
+        description="where they are cut: left keeps the last tokens, middle both ends, right the first",
     )
 
     @field_validator("tools", mode="before")
@@ -100,23 +113,39 @@ class Toolbox:
     def __init__(self, env: ToolEnv, renderer: Any, trajectory_id: str, problem: Problem | None = None) -> None:
         self.env, self.id, self.style = env, trajectory_id, env.call_style(renderer)
         self.problem = problem or Problem("", "", "")
+        self.codec: Any = getattr(renderer, "codec", None)
+        if env.max_observation_tokens and self.codec is None:
+            raise OndolError(
+                "env.max_observation_tokens counts tokens, and an endpoint's model has a tokenizer of its own",
+                "set it to 0 to evaluate over an endpoint",
+            )
         self.sessions: dict[str, ToolSession] = {}
         self.seen: list[Image] = []  # by the agent, in the question and in results
 
     async def carry_out(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], Message]:
         """Results in the order of a turn's calls (at least one), and the observation that tells the model of them."""
         assert self.style is not None, "calls come from a call style, and without tools there is none"
-        results = await asyncio.gather(*(self._call(c) for c in calls))
+        results = [self._cut(r) for r in await asyncio.gather(*(self._call(c) for c in calls))]
         text = "\n".join(self.style.result(r, c.name) for r, c in zip(results, calls))
         images = tuple(image for r in results for image in r.images)
         self.seen += images
-        return list(results), Message(self.env.result_role, text, name=calls[0].name or None, images=images)
+        return results, Message(self.env.result_role, text, name=calls[0].name or None, images=images)
 
     async def close(self) -> None:
-        for session in self.sessions.values():
-            await session.close()
-        self.sessions.clear()
-        self.seen.clear()
+        sessions, self.sessions, self.seen = list(self.sessions.values()), {}, []
+        for failed in await asyncio.gather(*(s.close() for s in sessions), return_exceptions=True):
+            if failed is not None:
+                raise failed
+
+    def _cut(self, result: ToolResult) -> ToolResult:
+        """The result with no more of its text than the setting allows, and a note where some is left out. Counted is the
+        text alone: neither the note nor what the call style or the chat format puts around it."""
+        most, side = self.env.max_observation_tokens, self.env.truncate_observation
+        if not most:
+            return result
+        first, last = {"left": (0, most), "middle": (most // 2, most // 2), "right": (most, 0)}[side]
+        ends = self.codec.ends(result.text, most, first, last)
+        return result if ends is None else dataclasses.replace(result, text=_CUT[side].format(*ends))
 
     async def _call(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
@@ -151,15 +180,30 @@ class _Episode:
     async def step(self, action: Message, last_turn: bool) -> StepResult:
         if self.over:
             raise RuntimeError(f"episode {self.id} is over: reset a new one")
-        if not action.calls:
-            self.over = True
-            score = self.task.score(self.problem, action.content)
-            return StepResult([], reward=score, terminated=True, score=score)
+        if not action.calls or self.problem.data.get("use_tool") is False:
+            return self._scored(action)
         if last_turn:
             self.over = True
             return StepResult([], truncated=True)
         results, observation = await self.toolbox.carry_out(action.calls)
-        return StepResult([observation], results=results)
+        earned = self._earned(action.calls, results)
+        if any(r.done for r in results):
+            return self._scored(action, earned, results)
+        return StepResult([observation], reward=earned, results=results)
+
+    def _scored(self, action: Message, earned: float = 0.0, results: Sequence[ToolResult] = ()) -> StepResult:
+        self.over = True
+        score = self.task.score(self.problem, action.content)
+        return StepResult([], reward=earned + score, terminated=True, score=score, results=list(results))
+
+    def _earned(self, calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> float:
+        for call, result in zip(calls, results, strict=True):
+            if not (math.isfinite(result.reward) and result.reward >= 0):
+                raise OndolError(
+                    f"sample {self.id}: the tool '{call.name}' gave a reward of {result.reward}",
+                    "a tool's reward is a number of at least 0; penalties belong to the task or the method",
+                )
+        return math.fsum(r.reward for r in results)
 
     async def close(self) -> None:
         await self.toolbox.close()

@@ -244,7 +244,13 @@ class ActorCritic(Method):
 
 
 #: ends that the agent did not choose
-_CUT_SHORT = (StopReason.MAX_TURNS, StopReason.TURN_LENGTH, StopReason.CONTEXT, StopReason.TIMEOUT)
+_CUT_SHORT = (
+    StopReason.MAX_TURNS,
+    StopReason.TURN_LENGTH,
+    StopReason.RESPONSE_LENGTH,
+    StopReason.CONTEXT,
+    StopReason.TIMEOUT,
+)
 
 
 def _terminal(reward: Tensor, length: int) -> Tensor:

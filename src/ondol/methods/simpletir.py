@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"```([^\n`]*)\n.*?\n```", re.DOTALL)
 _CODE = ("", "py", "python")
-_OVERLONG = (StopReason.TURN_LENGTH, StopReason.CONTEXT)
+_OVERLONG = (StopReason.TURN_LENGTH, StopReason.RESPONSE_LENGTH, StopReason.CONTEXT)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class Entry:
 #: arXiv number -> where its `Paper` is; strings, so that listing the catalogue imports little
 RUNNING: dict[str, str] = {
     "2508.20722": "ondol.papers.rstar2_agent:PAPER",
+    "2509.01055": "ondol.papers.verltool:PAPER",
     "2509.01563": "ondol.papers.keye:PAPER",
     "2509.02333": "ondol.papers.dcpo:PAPER",
     "2509.02479": "ondol.papers.simpletir:PAPER",

@@ -149,7 +149,10 @@ class Conversation:
         else:
             turn.results, observation = self._runner.run(self.toolbox.carry_out(calls))
             self._say(observation)
-            goes_on = True
+            if any(r.done for r in turn.results):
+                answer.stop_reason = StopReason.ENV_DONE
+            else:
+                goes_on = True
         self.watch(turn)
         return goes_on
 

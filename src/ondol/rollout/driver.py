@@ -2,13 +2,15 @@
 
 A turn is a request to the engine; while rows decode, other episodes' tools run. With `overlap_tools` off (the default)
 the engine takes its next step when every tool call that is under way has come back, so which tokens are computed
-together, and with it the last bit of every number, does not depend on the clock.
+together, and with it the last bit of every number, does not depend on the clock. With `turn_barrier` on, tools wait for
+the turns as well: everybody's turn is sampled, then everybody's tools run, then the next turn begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from ondol.engines.base import Completion, Engine, Request, Sampling
 from ondol.envs.base import Env, Episode
 from ondol.errors import OndolError
 from ondol.records import Finish, Group, Message, Problem, StopReason, ToolCall, Trajectory, Turn
+from ondol.rollout.masking import Masking
 from ondol.tasks.base import Task
 
 _T = TypeVar("_T")
@@ -46,6 +49,9 @@ class Plan:
         examples: worked conversations put before each question.
         timeout_s: most time for one trajectory, its sampling and its environment; waiting for a place does not count.
         overlap_tools: let the engine go on while tools run.
+        turn_barrier: run no tool before all turns are sampled (and, as ever without overlap, sample none while one runs).
+        max_response_tokens: most tokens after the prompt, observations included; None: as the model's context allows.
+        masking: what of a trajectory is trained on.
         progress: called with each finished trajectory.
         stop: called between engine steps and while tools run; raise in it to give up (everything is cleaned up).
     """
@@ -61,6 +67,9 @@ class Plan:
     examples: Sequence[Message] = ()
     timeout_s: float = 600.0
     overlap_tools: bool = False
+    turn_barrier: bool = False
+    max_response_tokens: int | None = None
+    masking: Masking = field(default_factory=Masking)
     progress: Callable[[Trajectory], None] = field(default=lambda t: None)
     stop: Callable[[], None] = field(default=lambda: None)
 
@@ -86,6 +95,7 @@ class _Rollout:
         self.schemas = plan.env.schemas(renderer)
         self.asked: dict[str, tuple[Request, asyncio.Future[Completion]]] = {}  # to be submitted
         self.sampling: dict[str, asyncio.Future[Completion]] = {}  # being sampled
+        self.held: list[Completion] = []  # turns that wait for the others' before their tools run
         self.away = 0  # episodes not waiting for the engine
         self.changed = asyncio.Event()
 
@@ -124,12 +134,15 @@ class _Rollout:
                 except OndolError as e:  # it does not fit the context
                     self._answer(session, e)
             completions = self.engine.step()
-            for completion in completions:
-                self._answer(completion.session, completion)
             if completions or not self.sampling:
                 heard = time.monotonic()
-            elif (silent := time.monotonic() - heard) > self.plan.timeout_s + _GRACE_S:
-                for session in list(self.sampling):
+            self.held += completions
+            if not (self.plan.turn_barrier and self.engine.busy):
+                for completion in self.held:
+                    self._answer(completion.session, completion)
+                self.held = []
+            if (silent := time.monotonic() - heard) > self.plan.timeout_s + _GRACE_S:
+                for session in sorted(self.sampling.keys() - {c.session for c in self.held}):
                     self.engine.release(session)
                     error = f"the engine finished nothing for {silent:.0f} s"
                     nothing = Completion(session, [], [], [], "", Finish.TIMEOUT, self.engine.version, error)
@@ -182,6 +195,7 @@ class _Rollout:
                 t.info["close_error"] = f"{type(e).__name__}: {e}"
             self.engine.release(session)
             self._leave()
+        plan.masking.apply(t)
         plan.progress(t)
         return t
 
@@ -194,10 +208,16 @@ class _Rollout:
         _extend(t, self.renderer.prompt(t.messages, self.schemas))
         t.prompt_length, seen = len(t.ids), 0
         for turn in range(plan.env.max_turns):
+            sampling, room = plan.sampling, self._room(t)
+            if room <= 0:
+                t.stop_reason = StopReason.RESPONSE_LENGTH
+                return
+            if room < sampling.max_tokens:
+                sampling = sampling.model_copy(update={"max_tokens": int(room)})
             request = Request(
                 session=session,
                 ids=t.ids[t.restarts[-1] :] if t.restarts else t.ids,
-                sampling=plan.sampling,
+                sampling=sampling,
                 seed=(*plan.seed, *t.key, turn),
                 stop=self.style.stop if self.style else (),
                 end_ids=self.renderer.end_ids,
@@ -215,6 +235,8 @@ class _Rollout:
             action = self._record(t, done)
             if done.finish in STOP_REASONS:
                 t.stop_reason = STOP_REASONS[done.finish]
+                if done.finish is Finish.LENGTH and self._room(t) <= 0:
+                    t.stop_reason = StopReason.RESPONSE_LENGTH
                 if done.error:
                     t.info["error"] = done.error
                 return
@@ -223,6 +245,8 @@ class _Rollout:
                 t.stop_reason = StopReason.TIMEOUT
                 return
             t.turns[-1].results = result.results
+            if not math.isfinite(result.reward):
+                raise OndolError(f"sample {session}: the environment gave a reward of {result.reward}")
             t.reward += result.reward
             if result.terminated or result.truncated:
                 t.score = result.score
@@ -235,11 +259,16 @@ class _Rollout:
             else:
                 observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
             t.messages += result.messages
-            _extend(t, observation)
+            _extend(t, observation[: int(min(self._room(t), len(observation)))])
             if clock.expired:
                 t.stop_reason = StopReason.TIMEOUT
                 return
         t.stop_reason = StopReason.MAX_TURNS  # for environments that leave it to us to end after the last turn
+
+    def _room(self, t: Trajectory) -> float:
+        """How many tokens may still be added."""
+        most = self.plan.max_response_tokens
+        return math.inf if most is None else most - (len(t.ids) - t.prompt_length)
 
     def _record(self, t: Trajectory, done: Completion) -> Message:
         """Append a sampled turn; the assistant message it amounts to."""

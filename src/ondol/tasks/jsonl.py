@@ -123,7 +123,10 @@ class Jsonl(Task):
             question.encode()
         except UnicodeEncodeError:
             raise ValueError(f"field '{self.question_field}' holds half a surrogate pair") from None
-        problem = Problem(question_id(question), question, str(answer), {})
+        use_tool = row.get("use_tool", True)
+        if not isinstance(use_tool, bool):
+            raise ValueError("field 'use_tool' must be true or false")
+        problem = Problem(question_id(question), question, str(answer), {} if use_tool else {"use_tool": False})
         try:
             accepted = self._verifier.score(problem, self._verifier.gold(problem)) == 1.0
         except OndolError as e:

@@ -39,9 +39,9 @@ class Credit:
     returns: list[Tensor] | None = None
 
     def touched(self, i: int) -> bool:
-        """Whether trajectory `i` has an advantage other than zero and counts."""
+        """Whether trajectory `i` has an advantage other than zero and counts, with any of its tokens."""
         a = self.advantages[i]
-        return self.counted[i] and (bool(a.any()) if isinstance(a, Tensor) else a != 0)
+        return self.counted[i] and any(self.trajectories[i].trained) and _nonzero(a)
 
     def updates(self, minibatches: int) -> list[list[int]]:
         """Indices of trajectories in runs of whole groups, in order: one run an update."""

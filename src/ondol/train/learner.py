@@ -41,6 +41,7 @@ class Learner(Updater):
         memory = copy.deepcopy(self.memory)
         critic = method if isinstance(method, ActorCritic) else None
         found = credit(method.keep(groups) if kept is None else kept, method, memory, critic and self.values)
+        found.trajectories = self._with_old_logp(found.trajectories)
         updates, skipped = [], 0
         for _ in range(method.epochs):
             for members in found.updates(method.minibatches):
@@ -65,6 +66,23 @@ class Learner(Updater):
             "learner/tokens_per_s": tokens / seconds,
         }
         return metrics
+
+    def _with_old_logp(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """The same, with log-probs also of tokens that are trained and were not sampled: the present weights', as those of
+        sampled tokens are those of the weights that sampled them. Observations, that is, where they are not masked."""
+        out = list(trajectories)
+        odd = [i for i, t in enumerate(out) if any(a and not b for a, b in zip(t.trained, t.sampled))]
+        with torch.no_grad():
+            for batch in self.pack([Sequence_(out[i], i, 0.0, 0.0) for i in odd]):
+                self.stop()
+                logp = log_probs(self.model, batch.to(self.device))[0].double().cpu()
+                for i in batch.sequence.unique().tolist():
+                    t, mine = out[i], iter(logp[batch.sequence == i].tolist())
+                    first = max(t.prompt_length, 1)
+                    now = [next(mine) if s or a else 0.0 for s, a in zip(t.sampled[first:], t.trained[first:])]
+                    mixed = [old if s else new for s, old, new in zip(t.sampled[first:], t.logp[first:], now)]
+                    out[i] = dataclasses.replace(t, logp=t.logp[:first] + mixed)
+        return out
 
     def _constant(self, batches: Sequence[Batch], method: Method) -> Tensor | None:
         """What the method makes of all tokens of an update together, without gradient."""

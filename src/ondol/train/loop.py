@@ -25,6 +25,7 @@ from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
 from ondol.records import Group, Message, Problem, Trajectory
 from ondol.rollout.driver import Plan, rollout
+from ondol.rollout.masking import Masking
 from ondol.rollout.statistics import statistics
 from ondol.store import Run
 from ondol.train import checkpoint
@@ -244,6 +245,7 @@ class Trainer:
                 seed=(r.seed, PHASES["evaluate"]),
                 samples=samples,
                 timeout_s=r.rollout.timeout_s,
+                max_response_tokens=r.rollout.max_response_tokens,
                 progress=lambda t, part=part: advance(part, {}),
                 stop=self.interrupt.check,
             )
@@ -452,6 +454,9 @@ class Trainer:
                 examples=examples,
                 timeout_s=r.rollout.timeout_s,
                 overlap_tools=r.rollout.overlap_tools,
+                turn_barrier=r.rollout.turn_barrier,
+                max_response_tokens=r.rollout.max_response_tokens,
+                masking=Masking() if phase == "warm_start" else r.rollout,  # there the traces' own turns are imitated
                 progress=lambda t: self.reporter.advance(part, {}),
                 stop=self.interrupt.check,
             ),

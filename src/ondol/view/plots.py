@@ -26,6 +26,7 @@ _STOPS = {
     StopReason.ENV_DONE: _SKY,
     StopReason.MAX_TURNS: _ORANGE,
     StopReason.TURN_LENGTH: _RED,
+    StopReason.RESPONSE_LENGTH: _BLUE,
     StopReason.CONTEXT: _PINK,
     StopReason.EMPTY: "#BBBBBB",
     StopReason.TIMEOUT: _YELLOW,

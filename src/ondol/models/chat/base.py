@@ -85,6 +85,19 @@ class Codec:
         """Ids of `text`, no control token among them. A lone surrogate (no UTF-8 for it) becomes '?'."""
         return self._backend.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
+    def ends(self, text: str, most: int, first: int, last: int) -> tuple[str, str] | None:
+        """Text of the first and of the last so many tokens (`first + last <= most`), whole characters only; None for a text
+        of no more than `most` tokens."""
+        text = text.encode("utf-8", "replace").decode()
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        n = len(offsets)
+        if n <= most:
+            return None
+        # several tokens may share a character: its offsets are then those of each of them
+        head = min(offsets[first - 1][1], offsets[first][0]) if first else 0
+        tail = max(offsets[n - last][0], offsets[n - last - 1][1]) if last else len(text)
+        return text[:head], text[tail:]
+
 
 class Renderer(ABC):
     """A family's chat format. Made by `ondol.models.chat.renderer_for`.
