@@ -214,6 +214,9 @@ def test_the_gold_answer_is_played_out_on_a_screen(task, index) -> None:
     assert results[-1].score == results[-1].reward == 1 and all(r.results[0].ok for r in results[:-1])
     assert first[0].content.startswith("You operate an app on a screen of")
     assert all(("," in t) == (task.actions == "places") for t in texts if t.startswith("click"))
+    if task.actions == "places":  # the text alone says where to click
+        seen = [first[-1].content, *(m.content for r in results for m in r.messages)]
+        assert all(f"at {t[6:-1]}" in said for t, said in zip(texts, seen) if t.startswith("click"))
     for miss in task.near_misses(problem):
         assert task.score(problem, miss) < 1, miss
 

@@ -14,8 +14,8 @@ from ondol import parts
 from ondol.errors import OndolError
 from ondol.records import Problem
 from ondol.tasks.base import Task, split_of
+from ondol.tasks.miniwob import pages_folder
 from ondol.tools.chromium import missing
-from ondol.tools.tab import folder_of
 
 SPLITS = ("train", "test")
 
@@ -50,7 +50,7 @@ def tables(tmp_path_factory):
         "gymnasium": {"name": "gymnasium"},
         "gymnasium, taxi": {"name": "gymnasium", "id": "Taxi-v4"},
         "gymnasium, cards": {"name": "gymnasium", "id": "Blackjack-v1"},
-        "miniwob": {"name": "miniwob", "pages": ["click-test-2", "enter-text"]},
+        "miniwob": {"name": "miniwob", "pages": ["click-test-2"]},
         "reasoning-gym": {"name": "reasoning-gym", "dataset": "chain_sum"},
         "reasoning-gym, options": {
             "name": "reasoning-gym",
@@ -99,7 +99,7 @@ def task(request, tables) -> Task:
         pytest.importorskip("duckdb")
     if request.param.startswith("gymnasium"):
         pytest.importorskip("gymnasium")
-    no_pages = missing() or (None if folder_of("miniwob") else "the package miniwob is not installed")
+    no_pages = missing() or (None if pages_folder() else "the package miniwob is not installed")
     if request.param.startswith("miniwob") and no_pages:
         pytest.skip(no_pages)
     return parts.make("tasks", tables[request.param])

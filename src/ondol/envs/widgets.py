@@ -105,7 +105,9 @@ class _Episode:
         return (self.screenshot(),) if self.env.pictures else ()
 
     def _text(self) -> str:
-        return self.world.screen() if self.task.actions == "short" else self.world.view().text
+        if self.task.actions == "short":
+            return self.world.screen()
+        return self.world.view(places=self.task.actions == "places").text
 
     def _explanation(self) -> str:
         way, look = self.task.actions, self.world.look

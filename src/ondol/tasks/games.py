@@ -69,7 +69,7 @@ class GameTask(DrawnTask):
 
     def near_misses(self, problem: Problem) -> list[str]:
         """The gold actions without the last one, without the first one, and nothing."""
-        actions = problem.answer.split("\n")
+        actions = self.gold(problem).split("\n")
         fewer = ["\n".join(actions[:-1]), "\n".join(actions[1:])]
         return ["", *(a for a in fewer if self.score(problem, a) < 1)]
 

@@ -9,9 +9,11 @@ worse model).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,7 +25,7 @@ from ondol.tasks._miniwob_solvers import SOLVERS, another
 from ondol.tasks.base import DrawnTask
 from ondol.tools.chromium import Reach, chromium
 from ondol.tools.gui import Action, Screen
-from ondol.tools.tab import PageError, Tab, folder_of
+from ondol.tools.tab import PageError, Tab
 
 WIDTH, HEIGHT = 160, 210
 _WINDOW = 500, 320  # as in MiniWoB++ itself: pages that place a dialog look at the window
@@ -39,6 +41,12 @@ _START = """
 }
 """
 _STATE = "() => [WOB_DONE_GLOBAL, WOB_RAW_REWARD_GLOBAL]"
+
+
+def pages_folder() -> Path | None:
+    """Where the package `miniwob` keeps its pages. It is not imported: that would take Selenium."""
+    spec = importlib.util.find_spec("miniwob")
+    return Path(spec.submodule_search_locations[0]) / "html" if spec and spec.submodule_search_locations else None
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,11 @@ class MiniwobPage:
     """A page that is played; `ask` is its instruction."""
 
     def __init__(self, timeout_s: float = 15.0, executable: str | None = None) -> None:
-        package = folder_of("miniwob")
-        if package is None:
+        folder = pages_folder()
+        if folder is None:
             raise OndolError("the pages of MiniWoB++ are not installed", "pip install --no-deps miniwob")
         self.tab = Tab(
-            Reach(package / "html"),
+            Reach(folder),
             *_WINDOW,
             timeout_s,
             shown=(WIDTH, HEIGHT),
@@ -83,8 +91,11 @@ class MiniwobPage:
         return Seen(await self.tab.look(picture))
 
     async def act(self, action: Action, picture: bool = False) -> Seen:
+        """Do something to the page. Leaving it is not among what can be done: another page could say what it likes."""
         wrong = ""
         try:
+            if action.kind in ("goto", "back"):
+                raise PageError(f"this page is not left: no {action.kind}")
             await self.tab.act(action)
         except PageError as e:
             wrong = str(e)

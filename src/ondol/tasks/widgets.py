@@ -99,9 +99,9 @@ class World:
             return f"{widget} is a {found}"
         return None
 
-    def view(self, pictured: bool = False) -> Screen:
-        """The screen, with its picture where that is asked for."""
-        screen = layout(self)
+    def view(self, pictured: bool = False, places: bool = False) -> Screen:
+        """The screen, with its picture where that is asked for; with `places` the text says where everything is."""
+        screen = layout(self, places)
         return dataclasses.replace(screen, image=picture(self)) if pictured else screen
 
     def do(self, action: Action) -> str | None:
@@ -307,7 +307,7 @@ class Widgets(DrawnTask):
         data["look"] = self.look
         wanted = "; ".join(_wish(w, s) for w, s in changes.items())
         answer = "\n".join(map(str, world.solve_on_screen(goal, self.actions == "places")))
-        return Problem("", f"{wanted}.\n{world.view().text}", answer, data)
+        return Problem("", f"{wanted}.\n{world.view(places=self.actions == 'places').text}", answer, data)
 
     def score(self, problem: Problem, response: str) -> float:
         """1 where the actions, one a line with the end as the last, leave everything as it should be."""

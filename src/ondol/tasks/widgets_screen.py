@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ondol.records import Image
-from ondol.tools.gui import Box, Element, Screen
+from ondol.tools.gui import Box, Element, Screen, centre
 
 if TYPE_CHECKING:
     from ondol.tasks.widgets import World
@@ -47,8 +47,8 @@ LOOKS = {
 }
 
 
-def layout(world: World) -> Screen:
-    """What is to be seen of a world, without the picture."""
+def layout(world: World, places: bool = False) -> Screen:
+    """What is to be seen of a world, without the picture; with `places` the text says where the middle of each is."""
     look, count = world.look, len(world.tabs)
     here = world.tabs[world.opened]
     first = world.scrolled
@@ -58,11 +58,11 @@ def layout(world: World) -> Screen:
         role, value = _words(world.states[widget])
         if widget == world.focus:
             value += " (focus)"
-        elements.append(Element(widget, role, "", value, (0, y, look.width, y + look.row)))
+        elements.append(_element(places, widget, role, "", value, (0, y, look.width, y + look.row)))
     for tab in range(count):
         name = string.ascii_lowercase[tab]
         open_ = "open" if tab == world.opened else None
-        elements.append(Element(world.last + 1 + tab, "tab", name, open_, _tab_box(look, tab, count)))
+        elements.append(_element(places, world.last + 1 + tab, "tab", name, open_, _tab_box(look, tab, count)))
     lines = [*map(str, elements[len(elements) - count :])]
     if first:
         lines.append(f"({first} more above)")
@@ -114,6 +114,11 @@ def picture(world: World) -> Image:
         begin = look.top + world.scrolled * whole // here
         draw.rectangle((look.width - 4, begin, look.width - 2, begin + look.rows * whole // here - 1), fill="#80868b")
     return Image.of(png_of(canvas))
+
+
+def _element(places: bool, number: int, role: str, name: str, value: str | None, box: Box) -> Element:
+    x, y = centre(box)
+    return Element(number, role, name, value, box, f"at {x}, {y}" if places else "")
 
 
 def _words(state: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -278,11 +277,3 @@ class Tab:
         if text not in options:
             raise PageError(f"there is no option '{text:.80}'; known: {', '.join(options[:40])}")
         await node.select_option(index=options.index(text))
-
-
-def folder_of(package: str) -> Path | None:
-    """Where a package's files are, without importing it."""
-    import importlib.util
-
-    spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
