@@ -101,7 +101,7 @@ class Launcher:
             return []
 
     def open(self, message: dict, descriptor: int) -> None:
-        for name in message["preload"]:
+        for name in message["preload"] if message["share"] else ():
             self.load(name)
         if message["level"] == "namespaces":
             pid = self.in_namespaces(message, descriptor)
