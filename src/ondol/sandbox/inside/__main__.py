@@ -22,9 +22,9 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import box
-import look
-import walls
+import box  # pyright: ignore[reportMissingImports]
+import look  # pyright: ignore[reportMissingImports]
+import walls  # pyright: ignore[reportMissingImports]
 
 _BRIEF_S = 10.0
 
