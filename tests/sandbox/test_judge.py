@@ -86,8 +86,8 @@ def test_a_closed_judge_leaves_nobody_waiting():
 
 
 def test_hostile_jobs_harm_nobody():
-    """The mix of the trial with 80 jobs, 24 of them hostile, at the strongest level; 500 are judged for the paper's claim."""
-    found = asyncio.run(verdicts(80, seed=1, execution_s=2.0, hostile=6))
+    """The mix of the trial with 80 jobs, 16 of them hostile, at the strongest level; 500 are judged for the paper's claim."""
+    found = asyncio.run(verdicts(80, seed=1, execution_s=2.0, hostile=4))
     assert found["right_reasons"] == found["healthy_right"] == 1 and found["orphans"] == 0
 
 
@@ -95,7 +95,7 @@ def test_hostile_jobs_harm_nobody():
 def test_hostile_jobs_at_other_levels(level):
     if why := levels.try_level(level):
         pytest.skip(f"{level}: {why}")
-    found = asyncio.run(verdicts(40, seed=2, execution_s=2.0, level=level, hostile=4))
+    found = asyncio.run(verdicts(40, seed=2, execution_s=2.0, level=level, hostile=2))
     assert found["right_reasons"] == found["healthy_right"] == 1 and found["orphans"] == 0
 
 

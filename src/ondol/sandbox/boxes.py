@@ -86,12 +86,21 @@ class Box:
     Args:
         level: one of LEVELS.
         seed: where `random` starts inside.
-        preload: packages that code may be about to import. Below "bubblewrap" all sandboxes share them, loaded once; there
-            each sandbox loads one when code names it.
+        preload: packages that code may be about to import. The sandbox loads one when code names it, before that runs.
+        share: below "bubblewrap", have them loaded once for all sandboxes. Where few sandboxes run many programs that need
+            none of them it is better not to: each process is a fork, and a fork of more takes longer.
     """
 
-    def __init__(self, level: str, seed: str = "", limits: Limits | None = None, preload: tuple[str, ...] = ()) -> None:
-        self.level, self.seed, self.limits, self.preload = level, seed, limits or Limits(), preload
+    def __init__(
+        self,
+        level: str,
+        seed: str = "",
+        limits: Limits | None = None,
+        preload: tuple[str, ...] = (),
+        share: bool = True,
+    ) -> None:
+        self.level, self.seed, self.limits = level, seed, limits or Limits()
+        self.preload, self.share = preload, share and level != "bubblewrap"
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._number = 0
         self._lock = asyncio.Lock()
@@ -142,14 +151,14 @@ class Box:
             "level": self.level,
             "seed": self.seed,
             "preload": list(self.preload),
+            "share": self.share,
             "memory_bytes": limits.memory_mib << 20,
             "disk_bytes": limits.disk_mib << 20,
             "processes": limits.processes,
             "output_bytes": limits.output_bytes,
         }
         with theirs:
-            shared = [] if self.level == "bubblewrap" else message["preload"]
-            self._number = _launcher.open(message | {"preload": shared}, theirs)
+            self._number = _launcher.open(message, theirs)
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         self._streams = reader, writer
         try:

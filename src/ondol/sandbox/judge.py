@@ -189,7 +189,7 @@ class CodeJudge:
 
     async def _work(self) -> None:
         assert self.level is not None
-        box = Box(self.level, "judge", self.limits, PACKAGES)
+        box = Box(self.level, "judge", self.limits, PACKAGES, share=False)
         try:
             while True:
                 job = await self._queue.get()

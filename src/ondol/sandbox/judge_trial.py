@@ -6,8 +6,10 @@ fork: half of these leave processes behind that must not live on, half multiply.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import threading
@@ -19,6 +21,7 @@ from pathlib import Path
 from ondol.errors import OndolError
 from ondol.sandbox.judge import CodeJudge, CodeJudgeClient, Judge, Reason, Result, Submission
 from ondol.sandbox.judge_http import HttpJudge, judge_app
+from ondol.sandbox.levels import reached
 
 HOSTILE = 10  # of each kind
 
@@ -162,3 +165,24 @@ async def served(judge: CodeJudge, token: str | None = None) -> AsyncIterator[st
     finally:
         server.should_exit = True
         await asyncio.to_thread(thread.join, 30)
+
+
+def main() -> None:
+    """`python -m ondol.sandbox.judge_trial -o FILE`: both trials, for some seeds."""
+    p = argparse.ArgumentParser(
+        description="The code judge tried: 500 jobs, 40 of them hostile, and batches over HTTP."
+    )
+    p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1")
+    p.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    args = p.parse_args()
+    runs = [{"seed": s} | asyncio.run(verdicts(seed=s)) | asyncio.run(batches(seed=s)) for s in range(args.seeds)]
+    level = reached().level
+    found = {"command": "python -m ondol.sandbox.judge_trial -o results/code-judge.json", "level": level, "runs": runs}
+    text = json.dumps(found | {"cores": os.cpu_count()}, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

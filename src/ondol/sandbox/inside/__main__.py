@@ -22,9 +22,9 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import box
-import look
-import walls
+import box  # pyright: ignore[reportMissingImports]
+import look  # pyright: ignore[reportMissingImports]
+import walls  # pyright: ignore[reportMissingImports]
 
 _BRIEF_S = 10.0
 
@@ -101,7 +101,7 @@ class Launcher:
             return []
 
     def open(self, message: dict, descriptor: int) -> None:
-        for name in message["preload"]:
+        for name in message["preload"] if message["share"] else ():
             self.load(name)
         if message["level"] == "namespaces":
             pid = self.in_namespaces(message, descriptor)

@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import look
-import walls
-import work
+import look  # pyright: ignore[reportMissingImports]
+import walls  # pyright: ignore[reportMissingImports]
+import work  # pyright: ignore[reportMissingImports]
 
 _TICK_S = 0.05  # between looks at memory and processes
 _MAX_REQUEST = 64 << 20
