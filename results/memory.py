@@ -54,6 +54,12 @@ def main() -> None:
             }
             print(f"seed {seed}, {arm}: {found[-1]} in {row[arm]['seconds']} s", flush=True)
         rows.append(row)
+        held = report(path, rows)
+    sys.exit(0 if held else 1)
+
+
+def report(path: Path, rows: list[dict]) -> bool:
+    """Write what is known so far; whether all of it holds."""
 
     def last(arm: str, way: str) -> list[float]:
         return [row[arm]["ladder"][-1][way] for row in rows]
@@ -79,7 +85,7 @@ def main() -> None:
     }
     path.write_text(json.dumps(out, indent=1) + "\n")
     print(json.dumps({"mean": means, "claims": claims}, indent=1))
-    sys.exit(0 if all(claims.values()) else 1)
+    return all(claims.values())
 
 
 if __name__ == "__main__":
