@@ -19,6 +19,11 @@ from ondol.store.toml import dump_toml
 BUILT_IN = sorted(p.stem for p in (Path(__file__).parents[1] / "src/ondol/recipes").glob("*.toml"))
 
 
+def test_a_recipe_is_known_by_its_task_as_well() -> None:
+    assert load_recipe("two-addends") == load_recipe("tiny-addends")
+    assert load_recipe("widgets") == load_recipe("tiny-widgets")
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_resolved_recipe_is_the_recipe(name) -> None:
     """Resolving, writing and reading again changes nothing: this is how a run is resumed."""

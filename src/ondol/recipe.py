@@ -263,9 +263,14 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
         raise explain(e, "", Recipe) from e
 
 
+_OF_TASK = {"two-addends": "tiny-addends", "widgets": "tiny-widgets"}
+
+
 def read_table(source: str | Path) -> dict[str, Any]:
-    """The raw table of a TOML file, or of a recipe that comes with the package."""
+    """The raw table of a TOML file, or of a recipe that comes with the package, by its name or that of its task."""
     path = Path(source)
+    if not path.exists() and str(source) in _OF_TASK:
+        source = path = Path(_OF_TASK[str(source)])
     if not path.is_file() and path.suffix == "" and (built_in := _folder() / f"{path.name}.toml").exists():
         path = built_in
     try:

@@ -71,6 +71,13 @@ def test_an_arm_is_a_method_with_settings() -> None:
     assert TABLE["method"]["name"] == "grpo" and "seed" not in TABLE, "the recipe is left alone"
 
 
+def test_methods_without_a_ratio_make_one_update() -> None:
+    for name in ("reinforce", "rloo"):
+        assert parse_arm(name, TABLE).recipe(0).method.minibatches == 1
+        with pytest.raises(OndolError, match="(?s)arm 'twice'.*no ratio.*one update"):
+            parse_arm(f"twice={name}:minibatches=2", TABLE).recipe(0)
+
+
 def test_labels_are_short_where_they_can_be() -> None:
     labels = [a.label for a in parse_arms(["grpo", "gspo:clip_high=0.1"], TABLE)]
     assert labels == ["grpo", "gspo"]

@@ -3,6 +3,8 @@
 DPO's loss wants an infinite margin where a preference is certain; IPO regresses the margin to a finite one:
 (D_w - D_l - 1 / (2 tau))^2 with D = log pi(y|x) - log pi_ref(y|x). D is a sum over tokens, as in the paper; some other
 implementations take means over tokens, for which tau has another scale.
+
+Checked against TRL's `dpo_trainer.py`, which cites the same equation and calls tau beta. The paper itself was not at hand.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class IPO(PreferenceMethod):
     tau: float = Field(
         default=0.1,
         gt=0,
-        description="the wanted margin is 1 / (2 tau) nats; the paper sweeps it, 0.1 is common",
+        description="the wanted margin is 1 / (2 tau) nats; 0.1 is TRL's default, the paper's own could not be looked up",
     )
 
     @property

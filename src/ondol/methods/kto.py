@@ -9,6 +9,10 @@ z0, the point of reference, is an estimate of KL(policy || reference), held at 0
 takes D of mismatched pairs (a prompt with the answer to another one), since its answers are not the policy's own. Ours is
 the mean of D over the answers of the whole update: they are sampled from the policy that is trained, so that is the plain
 Monte Carlo estimate and costs no further pass. On recorded trajectories of another policy it is biased.
+
+The paper wants lam_d n_d / (lam_u n_u) between 1 and 4/3 (equation 8, as TRL's `kto_trainer.py` cites it; the loss is its
+equation 7), by weights chosen once for a data set. On-policy the classes change from batch to batch, and so do the weights
+here (`balance`). The loss and these bounds were checked against TRL; the paper was not at hand.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_MOST = 4 / 3  # of lam_d n_d / (lam_u n_u); the least is 1 (section 4 of the paper)
+_MOST = 4 / 3  # of lam_d n_d / (lam_u n_u); the least is 1
 
 
 class KTO(Method):
@@ -40,14 +44,14 @@ class KTO(Method):
     source: ClassVar[str] = "arXiv 2402.01306"
     needs_constant: ClassVar[bool] = True
 
-    beta: float = Field(default=0.1, gt=0, description="how fast value saturates; 0.1 in the paper's runs")
+    beta: float = Field(default=0.1, gt=0, description="how fast value saturates; 0.1 is TRL's default and common, the paper's own could not be looked up")
     lam_d: float = Field(
-        default=1.0, ge=0, description="weight of desirable answers; 1 in the paper where classes balance"
+        default=1.0, ge=0, description="weight of desirable answers; 1 is TRL's default"
     )
     lam_u: float = Field(
         default=1.0,
         ge=0,
-        description="weight of undesirable answers; 1 in the paper where classes balance",
+        description="weight of undesirable answers; 1 is TRL's default",
     )
     balance: bool = Field(
         default=True,

@@ -3,6 +3,10 @@
 Fine-tuning on the chosen answer plus a penalty on the rejected one, without a reference: NLL(y_w) - lam log sigmoid(
 log odds(y_w) - log odds(y_l)) with odds = p / (1 - p), where log p is the mean log-probability of the answer's tokens;
 NLL is a mean over tokens as well.
+
+Checked against the official code (xfactlab/orpo, `src/orpo_trainer.py` and the script of Mistral-ORPO-beta), which counts
+the prompt's tokens in the NLL unless told otherwise; here only the policy's own are. Numbers of equations are from memory
+(TRL cites 4 and 7 for the odds ratio): the paper was not at hand.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class ORPO(PreferenceMethod):
     mechanism: ClassVar[str] = "SFT and preference in one loss, no reference"
     source: ClassVar[str] = "arXiv 2403.07691"
 
-    lam: float = Field(default=0.1, ge=0, description="weight of the odds ratio; 0.1 for Mistral in the paper")
+    lam: float = Field(default=0.1, ge=0, description="weight of the odds ratio; 0.1 in the official script of Mistral-ORPO-beta")
 
     def pair_loss(self, pairs: Pairs, logp: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         from torch.nn.functional import logsigmoid

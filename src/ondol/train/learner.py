@@ -22,6 +22,9 @@ from ondol.train.packing import Sequence_
 from ondol.train.updates import Updater
 
 
+_FAR = 20.0  # log-ratios are held within this for a metric: e^20 is far enough
+
+
 class Learner(Updater):
     """Learns from rollouts with a method, or by imitation. `memory` is the method's own, see `Scored.memory`."""
 
@@ -162,7 +165,12 @@ class Learner(Updater):
 def _method_loss(
     method: Method, constant: Tensor | None, logp: Tensor, batch: Batch, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    return method.token_loss(_inputs(logp, batch, reference, constant))
+    x = _inputs(logp, batch, reference, constant)
+    loss, reports = method.token_loss(x)
+    # r - 1 - log r of tokens that the old policy sampled: how far an update has come from it, whatever the method
+    moved = (x.logp - x.old_logp).detach().clamp(-_FAR, _FAR)
+    always = {"policy/clip_share": torch.zeros_like(moved), "policy/kl_old_k3": moved.expm1() - moved}
+    return loss, always | reports
 
 
 def _inputs(logp: Tensor, batch: Batch, reference: Tensor | None, constant: Tensor | None = None) -> TokenInputs:
