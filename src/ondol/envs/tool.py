@@ -51,7 +51,7 @@ class ToolEnv(Env):
 
     @field_validator("tools", mode="before")
     @classmethod
-    def _make_tools(cls, value: Any) -> tuple[Tool, ...]:
+    def _make_tools(cls, value: Any) -> tuple[Tool | Toolset, ...]:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f'a list of tools, e.g. ["python"]; known: {", ".join(names("tools"))}')
         return tuple(v if isinstance(v, (Tool, Toolset)) else make("tools", v, "env.tools") for v in value)
@@ -80,7 +80,7 @@ class ToolEnv(Env):
     def call_style(self, renderer: Any) -> CallStyle | None:
         if not self._tools:
             return None
-        return Tags(self._tools) if self.calls == "tags" else Json(renderer)
+        return Tags(self._tools) if self.calls == "tags" else Json(renderer)  # type: ignore[arg-type]  # ClassVars read alike
 
     def schemas(self, renderer: Any) -> list[dict[str, Any]]:
         return [t.schema() for t in self._tools] if self.calls == "json" else []

@@ -355,8 +355,8 @@ def _text(result: Any) -> str:
         resource = getattr(block, "resource", None)
         if isinstance(getattr(block, "text", None), str):
             parts.append(block.text)
-        elif isinstance(getattr(resource, "text", None), str):
-            parts.append(resource.text)
+        elif isinstance(text := getattr(resource, "text", None), str):
+            parts.append(text)
         elif getattr(block, "uri", None) is not None:
             parts.append(f"[{block.type}: {block.uri}]")
         else:
