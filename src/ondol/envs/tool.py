@@ -38,7 +38,7 @@ class ToolEnv(Env):
 
     @field_validator("tools", mode="before")
     @classmethod
-    def _make_tools(cls, value: Any) -> tuple[Tool, ...]:
+    def _make_tools(cls, value: Any) -> tuple[Tool | Toolset, ...]:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f'a list of tools, e.g. ["python"]; known: {", ".join(names("tools"))}')
         return tuple(v if isinstance(v, (Tool, Toolset)) else make("tools", v, "env.tools") for v in value)
@@ -50,7 +50,7 @@ class ToolEnv(Env):
         return self
 
     @property
-    def _tools(self) -> tuple[Tool, ...]:
+    def _tools(self) -> tuple[Any, ...]:
         return unpack(self.tools)  # an entry may stand for several: all of a server's
 
     @property
