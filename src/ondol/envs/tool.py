@@ -63,7 +63,7 @@ class ToolEnv(Env):
         return self
 
     @property
-    def _tools(self) -> tuple[Tool, ...]:
+    def _tools(self) -> tuple[Any, ...]:
         return unpack(self.tools)  # an entry may stand for several: all of a server's
 
     @property

@@ -18,7 +18,7 @@ import sys
 from functools import cached_property
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ondol.errors import OndolError
 from ondol.parts import make
@@ -38,7 +38,14 @@ _CLOSE_S = 10.0  # for a process to end by itself
 class Isolated(Toolset):
     """A tool in a process of its own for each trajectory."""
 
-    tool: str | dict[str, Any] = Field(description="the tool, by name or as a table")
+    tool: Any = Field(description="the tool, by name or as a table")
+
+    @field_validator("tool")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict)):  # its processes make it themselves
+            raise ValueError("the tool by name or as a table")
+        return value
 
     def tools(self) -> tuple[Tool, ...]:
         return (self._tool,)

@@ -352,7 +352,7 @@ def _text(result: Any) -> str:
     """What a model can read of a result."""
     parts = []
     for block in result.content:
-        resource = getattr(block, "resource", None)
+        resource: Any = getattr(block, "resource", None)
         if isinstance(getattr(block, "text", None), str):
             parts.append(block.text)
         elif isinstance(text := getattr(resource, "text", None), str):
