@@ -12,7 +12,7 @@ READ = r"""
   const SHAPES = new Set(["rect", "circle", "ellipse", "polygon", "polyline", "path", "line", "text"]);
   const ACTIVE = new Set(["button", "link", "tab", "checkbox", "radio", "menuitem", "option", "switch", "textbox",
                           "combobox", "slider", "spinbutton", "searchbox", "treeitem"]);
-  let line = "";
+  let line = "", size = 0;  // characters read: no page is so long that it fills the memory
   const flush = () => { const text = squash(line); if (text) lines.push(text); line = ""; };
   const own = (e) => squash([...e.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data).join(" "));
   const tag = (e) => e.tagName.toLowerCase();
@@ -48,9 +48,9 @@ READ = r"""
     if (e.tagName === "INPUT") {
       if (["checkbox", "radio"].includes(e.type)) return e.checked ? "on" : "off";
       if (["button", "submit", "reset", "image"].includes(e.type)) return null;
-      return JSON.stringify(e.type === "password" ? "*".repeat(e.value.length) : e.value);
+      return JSON.stringify(e.type === "password" ? "*".repeat(Math.min(99, e.value.length)) : e.value.slice(0, 2000));
     }
-    if (e.tagName === "TEXTAREA") return JSON.stringify(e.value);
+    if (e.tagName === "TEXTAREA") return JSON.stringify(e.value.slice(0, 2000));
     if (e.tagName === "SELECT") {
       const options = [...e.options].map((o) => squash(o.text));
       const shown = options.length > 40 ? [...options.slice(0, 40), "..."] : options;
@@ -85,10 +85,11 @@ READ = r"""
   };
   const walk = (node) => {
     if (node.nodeType === 3) {
-      if (!named.has(node.parentElement && node.parentElement.closest("label"))) line += node.data;
+      if (!named.has(node.parentElement && node.parentElement.closest("label"))) line += node.data.slice(0, 20000);
+      size += node.data.length;
       return;
     }
-    if (node.nodeType !== 1 || nodes.length >= most) return;
+    if (node.nodeType !== 1 || nodes.length >= most || size > 200000) return;
     if (["SCRIPT", "STYLE", "NOSCRIPT", "TEMPLATE", "HEAD", "OPTION"].includes(node.tagName)) return;
     if (skip && node.matches(skip)) return;
     const style = getComputedStyle(node);

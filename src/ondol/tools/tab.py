@@ -123,6 +123,8 @@ class Tab:
             raise PageError(f"{url:.200} is out of reach")
         if self._page is None:
             assert self._chromium is not None
+            if self._context is not None:  # its page crashed, or closed itself
+                await self._context.close()
             self._context = await self._chromium.context(self.reach, *self.size)
             self._context.set_default_timeout(self.timeout_s * 2000)  # ours comes first
             self._context.on("page", self._popped)
