@@ -222,5 +222,5 @@ def test_in_a_recipe():
     assert load_recipe(to_table(recipe)).env == env
     bare = env.model_copy(update={"tools": (), "max_turns": 1})
     assert bare.schemas(None) == [] and bare.call_style(None) is None
-    with pytest.raises(OndolError, match="called the same"):
+    with pytest.raises(ValueError, match="called the same"):
         ToolEnv(tools=[env.tools[0], env.tools[0]], max_turns=3)
