@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import ondol
 from forcing import forced
 from ondol.engines.base import Sampling
 from ondol.engines.torch import TorchEngine
@@ -113,6 +114,34 @@ def test_engines_without_ids_are_told_the_same(rolled) -> None:
         assert (
             messages[0].role == "system" and renderer.prompt(messages[:2]) == ids[: len(renderer.prompt(messages[:2]))]
         )
+
+
+def test_a_run_learns_over_restarts(tmp_path) -> None:
+    """Warm start, RL and evaluation; the learner reproduces what was sampled, which a wrong context would show."""
+    overrides = (
+        "model.path=tiny:hidden=32,layers=1,context=160",
+        "warm_start.problems=4",
+        "warm_start.epochs=1",
+        "train.steps=1",
+        "train.prompts_per_step=2",
+        "train.samples_per_prompt=10",
+        "method.minibatches=1",
+        "evaluate.problems=2",
+    )
+    tokenizer = make_tiny(hidden=32, layers=1)[1]
+
+    def says(seed) -> list[int]:
+        """Nothing while pairs go by; each sample answers with its own digit, so one of ten is right."""
+        sample, turn = seed[-2:]
+        text = "-" if turn < 6 else str(sample % 10)
+        return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+    with forced(says), ondol.run("tiny-recall", *overrides, runs=tmp_path) as run:
+        assert run.state == "finished"
+        assert {len(t.restarts) for t in run.db.trajectories(phase="rl")} == {6}
+        assert [m.value for m in run.db.metrics("score/mean", "rl")] == [pytest.approx(0.1)]
+        (mismatch,) = [m.value for m in run.db.metrics("mismatch/max_abs", "rl")]
+        assert mismatch < 1e-4
 
 
 def test_records_keep_restarts(rolled) -> None:
