@@ -44,10 +44,12 @@ class KTO(Method):
     source: ClassVar[str] = "arXiv 2402.01306"
     needs_constant: ClassVar[bool] = True
 
-    beta: float = Field(default=0.1, gt=0, description="how fast value saturates; 0.1 is TRL's default and common, the paper's own could not be looked up")
-    lam_d: float = Field(
-        default=1.0, ge=0, description="weight of desirable answers; 1 is TRL's default"
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="how fast value saturates; 0.1 is TRL's default and common, the paper's own could not be looked up",
     )
+    lam_d: float = Field(default=1.0, ge=0, description="weight of desirable answers; 1 is TRL's default")
     lam_u: float = Field(
         default=1.0,
         ge=0,
@@ -74,7 +76,7 @@ class KTO(Method):
 
         good = x.rewards >= self.threshold
         up, down = self.factors(int(good.sum()), int((~good).sum()))
-        return torch.where(good, up, -down).to(x.rewards.dtype)
+        return torch.where(good, torch.full_like(x.rewards, up), torch.full_like(x.rewards, -down))
 
     def factors(self, desirable: int, undesirable: int) -> tuple[float, float]:
         """What lam_d and lam_u are multiplied by, where so many answers are of each class; 1 where one has none."""

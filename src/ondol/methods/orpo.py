@@ -31,7 +31,9 @@ class ORPO(PreferenceMethod):
     mechanism: ClassVar[str] = "SFT and preference in one loss, no reference"
     source: ClassVar[str] = "arXiv 2403.07691"
 
-    lam: float = Field(default=0.1, ge=0, description="weight of the odds ratio; 0.1 in the official script of Mistral-ORPO-beta")
+    lam: float = Field(
+        default=0.1, ge=0, description="weight of the odds ratio; 0.1 in the official script of Mistral-ORPO-beta"
+    )
 
     def pair_loss(self, pairs: Pairs, logp: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         from torch.nn.functional import logsigmoid

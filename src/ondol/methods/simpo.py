@@ -28,7 +28,11 @@ class SimPO(PreferenceMethod):
     mechanism: ClassVar[str] = "length-normalised reward without a reference, target margin"
     source: ClassVar[str] = "arXiv 2405.14734"
 
-    beta: float = Field(default=2.0, gt=0, description="scale of the reward; 2.0 or 2.5 in the official runs, which also say that 10 may be better")
+    beta: float = Field(
+        default=2.0,
+        gt=0,
+        description="scale of the reward; 2.0 or 2.5 in the official runs, which also say that 10 may be better",
+    )
     gamma: float = Field(
         default=1.0,
         ge=0,
