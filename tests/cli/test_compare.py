@@ -74,7 +74,7 @@ def test_an_arm_is_a_method_with_settings() -> None:
 def test_methods_without_a_ratio_make_one_update() -> None:
     for name in ("reinforce", "rloo"):
         assert parse_arm(name, TABLE).recipe(0).method.minibatches == 1
-        with pytest.raises(OndolError, match="(?s)arm 'twice'.*no ratio.*one update"):
+        with pytest.raises(OndolError, match=r"(?s)arm 'twice'.*no ratio.*one update"):
             parse_arm(f"twice={name}:minibatches=2", TABLE).recipe(0)
 
 

@@ -76,7 +76,7 @@ class KTO(Method):
 
         good = x.rewards >= self.threshold
         up, down = self.factors(int(good.sum()), int((~good).sum()))
-        return torch.where(good, up, -down).to(x.rewards.dtype)
+        return torch.where(good, torch.full_like(x.rewards, up), torch.full_like(x.rewards, -down))
 
     def factors(self, desirable: int, undesirable: int) -> tuple[float, float]:
         """What lam_d and lam_u are multiplied by, where so many answers are of each class; 1 where one has none."""

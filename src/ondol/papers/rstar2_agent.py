@@ -52,7 +52,7 @@ def _errors(m: Measured) -> Outcome:
     roc, grpo = m.mean("grpo-roc", name), m.mean("grpo", name)
     none = "" if grpo > 0 else "; GRPO has none left to halve: this tells nothing"
     return Outcome(
-        0 < grpo and roc <= 0.5 * grpo,
+        grpo > 0 and roc <= 0.5 * grpo,
         f"GRPO-RoC {m.text('grpo-roc', name, 3)}, GRPO {m.text('grpo', name, 3)}; "
         f"at the start {m.text('grpo', f'start/{name}', 3)}{none}",
     )

@@ -84,7 +84,8 @@ def _entropy(comparison: Comparison, seed: int, folder: Path) -> dict[str, float
         curves = comparison.curves(arm.label, "policy/entropy")
         for number, (own, points) in enumerate(curves.items()):
             label = arm.label if number == 0 else None
-            ax.plot(*zip(*points, strict=True), color=f"C{i}", lw=1.2, label=label)
+            if points:  # a run whose groups were all equal has none
+                ax.plot(*zip(*points, strict=True), color=f"C{i}", lw=1.2, label=label)
             if own == seed:
                 found[arm.label] = points
     ax.set_title("entropy of the policy, nats a token", loc="left", fontsize=11)

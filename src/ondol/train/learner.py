@@ -21,7 +21,6 @@ from ondol.train.logprobs import log_probs
 from ondol.train.packing import Sequence_
 from ondol.train.updates import Updater
 
-
 _FAR = 20.0  # log-ratios are held within this for a metric: e^20 is far enough
 
 

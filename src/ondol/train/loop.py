@@ -385,7 +385,8 @@ class Trainer:
         kept = [m.value for m in self.run.db.metrics("groups/kept", "rl")]
         if is_hopeless(self.recipe.method, kept, self.recipe.train.steps, self.dump is None, found.all_right):
             raise OndolError(f"step {step}: {said.what}", said.remedy)
-        self.reporter.warn(f"step {step}: {said.what}; nothing was updated")
+        why = "every answer is right: there is nothing left to learn here" if found.all_right else said.what
+        self.reporter.warn(f"step {step}: {why}; nothing was updated")
 
     def _pretrain_values(self, step: int) -> None:
         """One batch of rollouts of the unchanged policy, for the critic alone."""
