@@ -25,6 +25,7 @@ def _arms() -> Sequence[Arm]:
         "grpo-roc=grpo-roc:keep_samples=8,train.samples_per_prompt=16",
         settings=(
             "task.failing_share=0.3",
+            "warm_start.epochs=10",  # longer episodes: with 4 it reaches 0.07 on held-out sums (seed 100)
             "optimizer.learning_rate=1e-3",
             "method.minibatches=1",  # one update a batch, as in the official recipe
             "train.steps=100",
