@@ -137,6 +137,8 @@ class Box:
             pass
         finally:
             self._end(keep=None)
+            if not self.first:  # the launcher does this too, unless it was killed
+                look.remove(self.home)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do, limit_s = request["do"], float(request.get("timeout_s", 10.0))

@@ -94,6 +94,10 @@ def empty_folder(folder: str) -> None:
     os.makedirs(os.path.join(folder, ".tmp"), exist_ok=True)
 
 
+def remove(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def folder_bytes(folder: str) -> int:
     """Bytes of the files below a folder; of the first 10,000 at most."""
     total = count = 0
