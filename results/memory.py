@@ -1,6 +1,6 @@
 """Partial observability matters: recall with the memory action and without, in a context shorter than the episode.
 
-    python results/memory.py                 # 3 seeds, two runs each; about 10 minutes on 2 cores
+    python results/memory.py                 # 3 seeds, two runs each; about 10 minutes on one core
 
 The same model from scratch, recipe `tiny-recall`, learns from the same number of demonstrations and the same steps of RL. Without
 the memory its demonstrations guess, for there is nothing else to do. Writes results/memory.json with every seed's scores, the
@@ -35,6 +35,7 @@ def main() -> None:
     p.add_argument("--first", type=int, default=0, help="the first seed; others that are in the file already are kept")
     p.add_argument("--runs", default="runs")
     args = p.parse_args()
+    torch.set_num_threads(1)  # a model of this size has no work for a second one
     path = HERE / "memory.json"
     kept = json.loads(path.read_text())["seeds"] if args.first and path.exists() else []
     rows = [row for row in kept if row["seed"] < args.first]
