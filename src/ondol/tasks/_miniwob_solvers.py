@@ -90,7 +90,7 @@ def _shades(ask: str, screen: Screen) -> Solver:
     wanted = ["red", "green", "blue"].index(between(ask, "shades of ", " and"))
     for e in screen.elements:
         rgb = re.search(r"rgb\((\d+),(\d+),(\d+)\)", e.looks) if e.role == "span" else None
-        if rgb and max(range(3), key=lambda i: int(rgb[i + 1])) == wanted:
+        if rgb and max(range(3), key=lambda i, rgb=rgb: int(rgb[i + 1])) == wanted:
             screen = yield click(e)
     yield _submit(screen)
 

@@ -97,6 +97,7 @@ class Gymnasium(GameTask):
         """The environment of gymnasium. A frozen lake is another one for each seed, and not slippery, unless told so."""
         try:
             import gymnasium
+            from gymnasium.envs.registration import load_env_creator
         except ImportError as e:
             raise OndolError("the package gymnasium is not installed", "pip install 'ondol[games]'") from e
         options = dict(self.options)
@@ -108,7 +109,7 @@ class Gymnasium(GameTask):
                 options["desc"] = generate_random_map(8 if "8x8" in self.id else 4, seed=seed)
         try:
             spec = gymnasium.spec(self.id)
-            modes = getattr(gymnasium.envs.registration.load_env_creator(spec.entry_point), "metadata", {})
+            modes = getattr(load_env_creator(spec.entry_point), "metadata", {})
             text = "ansi" if "ansi" in modes.get("render_modes", ()) else None
             world = gymnasium.make(self.id, render_mode=text, **options)
         except Exception as e:  # gymnasium's own errors, and whatever an environment makes of wrong options
@@ -116,12 +117,13 @@ class Gymnasium(GameTask):
                 f"gymnasium cannot make '{self.id}': {' '.join(str(e).split())[:300]}",
                 "give an id that `gymnasium.pprint_registry()` lists, and its options",
             ) from e
-        if not hasattr(world.action_space, "n") or not hasattr(world.observation_space, "contains"):
+        count = getattr(world.action_space, "n", None)
+        if count is None or not hasattr(world.observation_space, "contains"):
             raise OndolError(f"'{self.id}' has no finite set of actions", "only games with some are told as text")
         if text is None and "Blackjack" not in self.id:
             raise OndolError(f"'{self.id}' cannot be shown as text", "it needs the render mode 'ansi'")
-        if self.words and len(self.words) != world.action_space.n:
-            raise OndolError(f"'{self.id}' has {world.action_space.n} actions", "give as many words for them")
+        if self.words and len(self.words) != count:
+            raise OndolError(f"'{self.id}' has {count} actions", "give as many words for them")
         return world
 
     def _solution(self, seed: int) -> list[str] | None:
