@@ -109,7 +109,7 @@ class Gymnasium(GameTask):
                 options["desc"] = generate_random_map(8 if "8x8" in self.id else 4, seed=seed)
         try:
             spec = gymnasium.spec(self.id)
-            modes = getattr(load_env_creator(spec.entry_point), "metadata", {})
+            modes = getattr(load_env_creator(str(spec.entry_point)), "metadata", {})
             text = "ansi" if "ansi" in modes.get("render_modes", ()) else None
             world = gymnasium.make(self.id, render_mode=text, **options)
         except Exception as e:  # gymnasium's own errors, and whatever an environment makes of wrong options
