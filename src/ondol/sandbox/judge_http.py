@@ -35,7 +35,7 @@ def judge_app(judge: CodeJudge, token: str | None = None) -> Starlette:
         from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ImportError as e:
-        raise OndolError("the judge's server needs starlette", "pip install 'ondol[serve]'") from e
+        raise OndolError("the judge's server needs starlette", "pip install 'ondol[server]'") from e
 
     def plain(result: Result, outputs: bool) -> dict[str, Any]:
         data = dataclasses.asdict(result)

@@ -150,7 +150,7 @@ async def served(judge: CodeJudge, token: str | None = None) -> AsyncIterator[st
     try:
         import uvicorn
     except ImportError as e:
-        raise OndolError("serving the code judge needs uvicorn", "pip install 'ondol[serve]'") from e
+        raise OndolError("serving the code judge needs uvicorn", "pip install 'ondol[server]'") from e
     config = uvicorn.Config(judge_app(judge, token), host="127.0.0.1", port=0, log_level="error", access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
