@@ -66,7 +66,6 @@ class ToolEnv(Env):
     def _tools(self) -> tuple[Any, ...]:
         return unpack(self.tools)  # an entry may stand for several: all of a server's
 
-    @property
     def exercises(self) -> frozenset[str]:
         return self.capabilities.union(*(t.capabilities for t in self._tools))
 
