@@ -86,10 +86,9 @@ def main() -> None:
             print(f"round {n + 1} {work} {theirs}\n          {mine}", flush=True)
             peer.setdefault(work, []).append(theirs)
             ours.setdefault(work, []).append(mine)
+            write(rates, ours, peer, continuous, args.threads)  # after each work: nothing is lost when stopped
         rates.append(machine())
-        print(
-            write(rates, ours, peer, continuous, args.threads), flush=True
-        )  # each round: nothing is lost when stopped
+        print(write(rates, ours, peer, continuous, args.threads), flush=True)
 
 
 def write(rates: list[dict], ours: dict, peer: dict, continuous: list, threads: int) -> str:
