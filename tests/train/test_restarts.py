@@ -120,6 +120,7 @@ def test_a_run_learns_over_restarts(tmp_path) -> None:
     """Warm start, RL and evaluation; the learner reproduces what was sampled, which a wrong context would show."""
     overrides = (
         "model.path=tiny:hidden=32,layers=1,context=160",
+        "task.pairs=6",
         "warm_start.problems=4",
         "warm_start.epochs=1",
         "train.steps=1",
