@@ -36,8 +36,9 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     Two levels (blocks, then inside one block) keep it cheap next to a full cumulative sum; sums are float64.
     """
     rows, vocabulary = p.shape
-    pad = -vocabulary % _BLOCK
-    blocks = torch.nn.functional.pad(p, (0, pad)).view(rows, -1, _BLOCK)
+    if pad := -vocabulary % _BLOCK:
+        p = torch.nn.functional.pad(p, (0, pad))
+    blocks = p.view(rows, -1, _BLOCK)
     edges = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = u.to(torch.float64) * edges[:, -1]
     block = torch.searchsorted(edges, target.unsqueeze(-1), right=True).squeeze(-1)

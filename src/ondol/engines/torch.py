@@ -182,7 +182,8 @@ class TorchEngine:
         ready: list[_Row] = []
         budget = self.prefill_tokens
         leaders: list[_Row] = []
-        self._cache.reserve(max(r.slot for r in rows) + 1, max(len(r.tokens) for r in rows) + 1, self.model)
+        reach = max(len(r.tokens) + (r.request.sampling.max_tokens - len(r.out.ids) if r.request and r.out else 1) for r in rows)
+        self._cache.reserve(max(r.slot for r in rows) + 1, max(len(r.tokens) for r in rows) + 1, reach, self.model)
         for row in sorted(rows, key=lambda r: r.slot):
             if self.share_prefixes and len(row.tokens) - row.cached > 1:
                 donor, shared = self._donor(row)
@@ -293,6 +294,19 @@ class TorchEngine:
         return out
 
 
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of few queries to long keys: q [n, kv_heads, group, dim], k and v [n, kv_heads, length, dim] -> as q.
+
+    On a CPU in full precision as two batched matrix products, a fifth quicker than the fused kernel when there are three queries to a key
+    head (docs/speed.md); their scores would be rounded in bfloat16.
+    """
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    n, kv_heads, group, dim = q.shape
+    scores = torch.baddbmm(mask.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(n, kv_heads, group, dim)
+
+
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
@@ -316,17 +330,25 @@ class _Slots:
         self.heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
-    def reserve(self, slots: int, length: int, model: torch.nn.Module) -> None:
-        """Make room for so many slots of so many tokens, keeping what is there."""
+    def reserve(self, slots: int, length: int, reach: int, model: torch.nn.Module) -> None:
+        """Make room for so many slots of so many tokens, keeping what is there.
+
+        When it has to grow it grows by half, but never past `reach`, the most tokens that the rows can come to: each growth copies
+        everything.
+        """
         weight = forward.head(model)
         have_slots, have_length = (self.k[0].shape[0], self.k[0].shape[2]) if self.k else (0, 0)
         if slots <= have_slots and length <= have_length:
             return
         slots = max(slots, have_slots)
-        length = max(-(-length // _GROW) * _GROW, have_length)
+        if length > have_length:
+            length = max(length, min(length + length // 2, reach))
+            length = -(-length // _GROW) * _GROW
+        else:
+            length = have_length
         for store in (self.k, self.v):
             for layer in range(self.layers):
-                grown = torch.zeros(slots, self.heads, length, self.dim, dtype=weight.dtype, device=weight.device)
+                grown = weight.new_zeros(slots, self.heads, length, self.dim)
                 if store[layer:]:
                     grown[:have_slots, :, :have_length] = store[layer]
                     store[layer] = grown
@@ -401,12 +423,12 @@ class _CachedAttention:
             if self.dense and not full:
                 grouped = grouped.new_zeros(self.width, *grouped.shape[1:]).index_copy_(0, self.slots, grouped)
             rows = slice(0, self.width) if self.dense else self.slots
-            attended = scaled_dot_product_attention(
+            attended = _attend_rows(
                 grouped,
                 keys[rows, :, : self.longest],
                 values[rows, :, : self.longest],
-                attn_mask=self._row_mask(window, heads // kv_heads, q.dtype),
-                scale=scale,
+                self._row_mask(window, (kv_heads, heads // kv_heads), q.dtype),
+                scale,
             )
             if self.dense and not full:
                 attended = attended[self.slots]
@@ -416,14 +438,15 @@ class _CachedAttention:
             out[self.flat] = attended
         return out
 
-    def _row_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+    def _row_mask(self, window: int | None, heads: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """[rows, kv_heads, group, length], made once a pass."""
         if ("row", window) not in self.masks:
             at = torch.arange(self.longest, device=self.device)
             hidden = at > self.rows.unsqueeze(-1)
             if window is not None:
                 hidden |= at <= self.rows.unsqueeze(-1) - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            self.masks["row", window] = mask[:, None, None, :].expand(-1, 1, group, -1)
+            self.masks["row", window] = mask[:, None, None, :].expand(-1, *heads, -1).contiguous()
         return self.masks["row", window]
 
     def _span_mask(self, cached: int, end: int, window: int | None) -> Tensor | None:

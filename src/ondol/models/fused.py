@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from ondol.models.packed import is_packed
+from ondol.models.packed import is_packed, packed_linear
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -78,8 +78,9 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if is_packed(self.gate_proj):
-        return self.down_proj(silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+    if is_packed(self):
+        gate, up = packed_linear(self, x).chunk(2, dim=-1)
+        return self.down_proj(silu(gate).mul_(up))
     return _GatedMLP.apply(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)  # type: ignore[return-value]
 
 
@@ -113,5 +114,6 @@ def fuse(model: nn.Module) -> dict[str, tuple[int, int]]:
         fits = fits and not wide
         if fits:
             module.forward = types.MethodType(run, module)
+            module.__dict__["ondol_fused_mlp"] = part == "mlps"
         found[part] = (switched + fits, count + 1)
     return found

@@ -32,34 +32,49 @@ def is_packed(layer: Any) -> bool:
     return packed is not None and packed.weight is not None and torch.is_inference_mode_enabled()
 
 
+def packed_linear(layer: Any, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`input` times the packed weight of a layer (`is_packed`)."""
+    return torch.ops.mkldnn._linear_pointwise(input, layer.ondol_packed.weight, bias, "none", [], "")
+
+
 def _forward(self: Any, input: Tensor) -> Tensor:
-    if not is_packed(self):
-        return linear(input, self.weight, self.bias)
-    return torch.ops.mkldnn._linear_pointwise(input, self.ondol_packed.weight, self.bias, "none", [], "")
+    return packed_linear(self, input, self.bias) if is_packed(self) else linear(input, self.weight, self.bias)
 
 
 class PackedWeights:
-    """The packed linear layers of a model; `refresh` before sampling, `free` after."""
+    """The packed linear layers of a model; `refresh` before sampling, `free` after.
+
+    The gate and up projections of fused MLPs (`ondol.models.fused`) become one, which the MLP holds.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight)]
+        mlps = [m for m in model.modules() if is_fused_mlp(m) and _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)]
+        paired = {id(layer) for m in mlps for layer in (m.gate_proj, m.up_proj)}
+        self.layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight) and id(m) not in paired]
+        self._sources: list[tuple[Any, list[Any]]] = [(m, [m]) for m in self.layers]
+        self._sources += [(m, [m.gate_proj, m.up_proj]) for m in mlps]
         self._stamp: int | None = None
 
     def refresh(self) -> None:
         """Pack what was never packed or has changed since. Cheap when nothing has."""
-        stamp = sum(m.weight._version for m in self.layers)
-        if stamp == self._stamp and all("ondol_packed" in m.__dict__ for m in self.layers):
+        stamp = sum(layer.weight._version for _, layers in self._sources for layer in layers)
+        if stamp == self._stamp and all("ondol_packed" in holder.__dict__ for holder, _ in self._sources):
             return
-        for m in self.layers:
-            m.__dict__["ondol_packed"] = _Packed(torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), _ROWS))
-            if "forward" not in m.__dict__:
-                m.forward = types.MethodType(_forward, m)
+        for holder, layers in self._sources:
+            weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+            holder.__dict__["ondol_packed"] = _Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))
+            if type(holder) is nn.Linear and "forward" not in holder.__dict__:
+                holder.forward = types.MethodType(_forward, holder)
         self._stamp = stamp
 
     def free(self) -> None:
-        for m in self.layers:
-            m.__dict__.pop("ondol_packed", None)
+        for holder, _ in self._sources:
+            holder.__dict__.pop("ondol_packed", None)
         self._stamp = None
+
+
+def is_fused_mlp(module: nn.Module) -> bool:
+    return module.__dict__.get("ondol_fused_mlp", False)
 
 
 def _packable(weight: Tensor) -> bool:
