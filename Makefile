@@ -1,7 +1,7 @@
 # make demo   a language model learns to use a tool, from nothing to finished in minutes
 # make test   all set-up for, and all of, the checks: lint, types, import rules, tests, a short real run
-# make reproduce   the slow runs behind the committed results
-# make bench   ours beside the peers on the same work, in turn (about 40 minutes)
+# make reproduce   the slow runs behind the committed results (hours)
+# make bench   ours beside the peers on the same work, in turn (about an hour), and the sandboxes and the tool server under load
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 VENV := .venv
@@ -56,11 +56,17 @@ test: $(VENV)/.dev programs
 
 reproduce: $(VENV)/.dev
 	$(BIN)/python results/ladder.py
+	$(BIN)/python -m ondol.sandbox.escapes -o results/isolation.json
+	$(BIN)/python -m ondol.sandbox.judge_trial -o results/code-judge.json
+	$(BIN)/python results/worlds.py
+	for id in $$($(BIN)/ondol papers --running); do $(BIN)/ondol reproduce $$id --seeds 3 || exit 1; done
 
 bench: $(VENV)/.runtime
 	@test -x bench/.venv/bin/python || $(PYTHON) -m venv bench/.venv
 	@bench/.venv/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements.txt
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/sandbox.py
+	$(BIN)/python bench/tool_server.py
 
 clean:
 	rm -rf $(VENV) bench/.venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

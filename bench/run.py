@@ -120,8 +120,16 @@ def table(ours: dict, peer: dict, continuous: list, gflops: float) -> list[dict[
 
     def add(work: str, name: str, key: str, mine: list[dict], theirs: list[dict], floor: float | None) -> None:
         mine, good = [m for m in mine if "failed" not in m], [t for t in theirs if "failed" not in t]
+        if mine:  # a side that did less work, or more, has failed
+            good = [
+                t
+                for t in good
+                if all(t[k] == mine[0][k] for k in ("prompt_tokens", "new_tokens", "observation_tokens"))
+            ]
         if not mine or not good:
-            rows.append({"work": work, "peer": name, "failed": [t.get("failed") for t in theirs]})
+            rows.append(
+                {"work": work, "peer": name, "failed": [t.get("failed", "another number of tokens") for t in theirs]}
+            )
             return
         a, b = statistics.median(m[key] for m in mine), statistics.median(t[key] for t in good)
         tokens = {k: mine[0][k] for k in ("prompt_tokens", "new_tokens", "observation_tokens")}

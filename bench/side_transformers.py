@@ -64,10 +64,11 @@ def continuous() -> int:
     config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max(work.lengths), eos_token_id=-1, pad_token_id=pad
     )
-    total = sum(map(len, prompts)) + sum(work.lengths)
+    page = ContinuousBatchingConfig().page_size
+    pages = sum(-(-(len(x) + n) // page) for x, n in zip(prompts, work.lengths))  # room for everybody at once
     manager = model.init_continuous_batching(
         generation_config=config,
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=total // 16 + 128, max_batch_tokens=2048),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=pages + 16, max_batch_tokens=2048),
     )
     manager.start()
     for ids, n in zip(prompts, work.lengths):
@@ -77,6 +78,8 @@ def continuous() -> int:
         result = manager.get_result(timeout=300)
         if result is None:
             raise SystemExit("continuous batching gave nothing for 300 s")
+        if result.error:
+            raise SystemExit(f"continuous batching failed: {result.error}")
         if result.is_finished():
             done, made = done + 1, made + len(result.generated_tokens)
     manager.stop(block=True)

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -185,6 +186,32 @@ class Trajectory:
     @property
     def sampled_tokens(self) -> int:
         return sum(self.sampled)
+
+    def observe(self, ids: Sequence[int]) -> None:
+        """Append tokens that the policy did not produce."""
+        n = len(ids)
+        self.ids += ids
+        self.sampled += [False] * n
+        self.trained += [False] * n
+        self.logp += [0.0] * n
+        self.version += [-1] * n
+        if self.logp_truncated:
+            self.logp_truncated += [0.0] * n
+
+    def act(
+        self, turn: Turn, ids: Sequence[int], logp: Sequence[float], logp_truncated: Sequence[float], version: int
+    ) -> None:
+        """Append a sampled turn, which begins where the tokens so far end."""
+        start, n = len(self.ids), len(ids)
+        self.ids += ids
+        self.sampled += [True] * n
+        self.trained += [True] * n
+        self.logp += logp
+        self.version += [version] * n
+        if logp_truncated:
+            self.logp_truncated += [0.0] * (start - len(self.logp_truncated)) + list(logp_truncated)
+        self.turns.append(turn)
+        self.messages.append(Message("assistant", turn.text, tuple(turn.calls)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Floats keep every bit (repr round-trips); images are references, without their bytes."""

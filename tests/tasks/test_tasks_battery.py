@@ -109,7 +109,10 @@ every_task = pytest.mark.parametrize("task", CASES, indirect=True)
 
 
 def test_every_built_in_task_has_a_case(tables):
-    assert {t["name"] for t in tables.values()} == set(parts.BUILT_IN["tasks"]) and set(tables) == set(CASES)
+    with_server = {"openenv"}  # tests/tasks/test_openenv.py
+    assert {t["name"] for t in tables.values()} == set(parts.BUILT_IN["tasks"]) - with_server and set(tables) == set(
+        CASES
+    )
 
 
 @every_task

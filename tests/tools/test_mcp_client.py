@@ -149,6 +149,7 @@ def test_everything():
         ("all_get-sum", {"a": "two", "b": 1}),
     )
     assert results[0].text == "Echo: hi" and "42" in results[1].text and "image/png" in results[2].text
+    assert results[2].images[0].png and results[2].images[0].width > 1  # and it comes back as a picture
     assert results[3].kind == "bad_arguments"
 
 

@@ -14,6 +14,7 @@ from faulty_tool import Faulty
 from ondol.errors import OndolError
 from ondol.parts import make
 from ondol.records import ToolCall, ToolResult
+from ondol.sandbox import levels
 from ondol.tools.actions import find_action, find_blocks
 from ondol.tools.base import Tool, call_tool
 from ondol.tools.isolated import RESTARTED
@@ -323,3 +324,15 @@ def test_call_tool_takes_richer_schemas():
     results = asyncio.run(kinds({"what": "echo 1", "n": "x"}, {"what": "echo 1", "more": 1}, {"what": 5}))
     assert [r.kind for r in results] == ["ok", "ok", "bad_arguments"]
     assert "string or null" in results[2].text
+
+
+def test_health_tells_the_isolation_level():
+    reached = levels.reached().level
+    if reached is None:
+        pytest.skip("no level of isolation works here")
+    server = ToolServer([make("tools", "cpython"), make("tools", "calculator")])
+    assert server.health()["sandbox"] == {"cpython": reached}
+    if reached != levels.LEVELS[-1]:
+        return
+    with pytest.raises(OndolError, match="drop one"):
+        ToolServer([make("tools", {"name": "cpython", "level": levels.LEVELS[0], "require": levels.LEVELS[-1]})])

@@ -200,6 +200,29 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--batch", type=int, default=64, help="most rows sampled at once")
     c.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
 
+    c = command(
+        "serve",
+        "serve",
+        "an OpenAI-compatible endpoint for a run's model; with --record it keeps what agents did there",
+        "ondol serve last --port 8000 --record",
+    )
+    run(c, "a run, or a recipe (then its model before any training)")
+    root(c)
+    c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
+    c.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine only with a token")
+    c.add_argument("--port", type=int, default=0, help="0 (default): any free one; it is printed")
+    c.add_argument("--token", default=None, help="every request must carry it (or set $ONDOL_SERVE_TOKEN)")
+    c.add_argument(
+        "--calls",
+        choices=("json", "tags"),
+        default=None,
+        help="how the model writes calls (default: as the recipe has it)",
+    )
+    c.add_argument("--most", type=int, default=256, metavar="N", help="turns under way at once; more are refused")
+    c.add_argument(
+        "--record", action="store_true", help="keep the episodes of agents, token by token, as a run to train on"
+    )
+
     c = command("tools", "tools", "the tools, and a server for them", "ondol tools serve --tools python --port 8765")
     actions = c.add_subparsers(dest="action", metavar="ACTION", required=True)
 

@@ -104,6 +104,11 @@ class TorchEngine:
         if any(w.session == session for w in self._waiting):
             self._waiting = deque(w for w in self._waiting if w.session != session)
 
+    def partial(self, session: str) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities so far of a turn under way; empty when there is none."""
+        row = self._rows.get(session)
+        return (row.out.ids, row.out.logp) if row is not None and row.out is not None else ([], [])
+
     def sync(self, version: int) -> None:
         if any(r.request is not None for r in self._rows.values()):
             raise OndolError("weights changed while turns were being sampled", "finish or release them first")
@@ -182,7 +187,9 @@ class TorchEngine:
         ready: list[_Row] = []
         budget = self.prefill_tokens
         leaders: list[_Row] = []
-        reach = max(len(r.tokens) + (r.request.sampling.max_tokens - len(r.out.ids) if r.request and r.out else 1) for r in rows)
+        reach = max(
+            len(r.tokens) + (r.request.sampling.max_tokens - len(r.out.ids) if r.request and r.out else 1) for r in rows
+        )
         self._cache.reserve(max(r.slot for r in rows) + 1, max(len(r.tokens) for r in rows) + 1, reach, self.model)
         for row in sorted(rows, key=lambda r: r.slot):
             if self.share_prefixes and len(row.tokens) - row.cached > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -31,7 +32,7 @@ class GameEnv(Env):
         if not isinstance(task, GameTask):
             raise OndolError(
                 f"the environment 'game' has no game for a problem of the task {type(task).__name__}",
-                "set task.name to gymnasium, or leave env.name at tool",
+                "set task.name to gymnasium or openenv, or leave env.name at tool",
             )
         return _Episode(self, task, problem, trajectory_id, examples)
 
@@ -42,17 +43,21 @@ class _Episode:
     ) -> None:
         self.env, self.id, self.examples = env, trajectory_id, examples
         self.game: Game = task.open(problem)
+        self.blocking = task.blocking
         self.over = False
+
+    async def _play(self, turn: Callable[..., Any], *said: str) -> Any:
+        return await asyncio.to_thread(turn, *said) if self.blocking else turn(*said)
 
     async def reset(self) -> list[Message]:
         said = self.game.rules if self.env.system is None else self.env.system
         first = [Message("system", said)] if said else []
-        return [*first, *self.examples, Message("user", self.game.start())]
+        return [*first, *self.examples, Message("user", await self._play(self.game.start))]
 
     async def step(self, action: Message, last_turn: bool) -> StepResult:
         if self.over:
             raise RuntimeError(f"episode {self.id} is over: reset a new one")
-        told = self.game.act(action.content)
+        told = await self._play(self.game.act, action.content)
         self.over = told.done or last_turn
         result = ToolResult(told.text, ok=told.ok, kind="ok" if told.ok else "bad_arguments")
         return StepResult(
@@ -65,4 +70,4 @@ class _Episode:
         )
 
     async def close(self) -> None:
-        self.game.close()
+        await self._play(self.game.close)

@@ -16,9 +16,7 @@ from ondol.parts import make, names
 from ondol.records import Image, Message, Problem, ToolCall, ToolResult
 from ondol.tasks.base import Task
 from ondol.tools.base import Sees, Tool, ToolSession, Toolset, call_tool, unpack
-from ondol.tools.calls import CallStyle, Json, Tags
-
-TAGS_TEXT = "{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
+from ondol.tools.calls import CallStyle, Json, Tags, tags_text
 
 #: the ends of a result that was cut, and the note; VerlTool's (arXiv 2509.01055)
 _CUT = {"left": "{1}...(truncated)", "middle": "{0}...(truncated)...{1}", "right": "{0}(truncated)..."}
@@ -91,11 +89,7 @@ class ToolEnv(Env):
         if not self._tools:
             return None
         if self.calls == "tags":
-            usage = " ".join(
-                f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>."
-                for t in self._tools
-            )
-            return TAGS_TEXT.format(usage=usage)
+            return tags_text(self._tools)
         if renderer.renders_tools:  # then the chat format has a place of its own for them
             return None
         return renderer.tools_text(self.schemas(renderer)) or None

@@ -48,9 +48,15 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        mlps = [m for m in model.modules() if is_fused_mlp(m) and _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)]
+        mlps = [
+            m
+            for m in model.modules()
+            if is_fused_mlp(m) and _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)
+        ]
         paired = {id(layer) for m in mlps for layer in (m.gate_proj, m.up_proj)}
-        self.layers = [m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight) and id(m) not in paired]
+        self.layers = [
+            m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight) and id(m) not in paired
+        ]
         self._sources: list[tuple[Any, list[Any]]] = [(m, [m]) for m in self.layers]
         self._sources += [(m, [m.gate_proj, m.up_proj]) for m in mlps]
         self._stamp: int | None = None
@@ -61,7 +67,9 @@ class PackedWeights:
         if stamp == self._stamp and all("ondol_packed" in holder.__dict__ for holder, _ in self._sources):
             return
         for holder, layers in self._sources:
-            weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+            weight = (
+                torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+            )
             holder.__dict__["ondol_packed"] = _Packed(torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))
             if type(holder) is nn.Linear and "forward" not in holder.__dict__:
                 holder.forward = types.MethodType(_forward, holder)

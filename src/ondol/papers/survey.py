@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ondol.compare.arms import Arm
-from ondol.papers import tool_sums
+from ondol.papers import pilot, tool_sums
 from ondol.papers.base import Claim, Measured, Outcome, Paper
-from ondol.papers.pilot import arms, measure
+from ondol.recipe import override, read_table
+from ondol.store import Run
 
 #: rows that follow the policy gradient of a reward, with what a task of few tokens needs
 GRADIENT = (
@@ -30,6 +31,7 @@ GRADIENT = (
 )
 #: rows that learn from pairs; theirs are the best and the worst answer of a group
 PREFERENCE = ("dpo", "ipo", "simpo", "kto", "orpo")
+_CHANCE = 0.1  # of recall: one digit
 
 
 def _label(text: str) -> str:
@@ -37,7 +39,7 @@ def _label(text: str) -> str:
 
 
 def _arms() -> Sequence[Arm]:
-    table = arms(*(f"{_label(t)}={t}" for t in (*GRADIENT, *PREFERENCE)))
+    table = pilot.arms(*(f"{_label(t)}={t}" for t in (*GRADIENT, *PREFERENCE)))
     # the same sums, the same number of demonstrations and of episodes; what differs is the tool and the turns for it
     agentic = ("optimizer.learning_rate=5e-4",)
     at_once = ("task.in_head=true", "env.tools=[]", "env.max_turns=1", *agentic)
@@ -45,7 +47,26 @@ def _arms() -> Sequence[Arm]:
         *table,
         *tool_sums.arms("multi-turn=grpo", settings=agentic),
         *tool_sums.arms("one-shot=grpo", settings=at_once),
+        # without the memory a demonstration can only guess
+        _recall("memory"),
+        _recall("no-memory", "env.tools=[]", "task.demonstrate=guess", "warm_start.gold_share=1.0"),
     ]
+
+
+def _recall(label: str, *settings: str) -> Arm:
+    table = read_table("tiny-recall")
+    for setting in settings:
+        override(table, setting)
+    return Arm(label, table)
+
+
+def _measure(run: Run, arm: str) -> dict[str, float]:
+    found = pilot.measure(run, arm)
+    if arm in ("memory", "no-memory"):
+        episodes = list(run.db.trajectories(phase="after/greedy"))
+        found["longest_context_tokens"] = max(b - a for t in episodes for a, b in t.contexts)
+        found["shortest_episode_tokens"] = min(len(t.ids) for t in episodes)
+    return found
 
 
 def _gradient(m: Measured) -> Outcome:
@@ -78,6 +99,20 @@ def _turns(m: Measured) -> Outcome:
     )
 
 
+def _memory(m: Measured) -> Outcome:
+    name = "score_greedy"
+    with_, without = m.mean("memory", name), max(m.mean("no-memory", n) for n in (name, "score_sampled"))
+    context, episode = (
+        max(m.values("memory", "longest_context_tokens")),
+        min(m.values("memory", "shortest_episode_tokens")),
+    )
+    return Outcome(
+        with_ >= 0.9 and without <= _CHANCE + 0.1 and context < episode,
+        f"with the memory action {m.text('memory', name)}, without {m.text('no-memory', name)} (chance {_CHANCE}); "
+        f"contexts of at most {context:.0f} tokens, episodes of at least {episode:.0f}",
+    )
+
+
 PAPER = Paper(
     id="2509.02547",
     claims=(
@@ -103,11 +138,18 @@ PAPER = Paper(
             must="at least 20 points more",
             judge=_turns,
         ),
+        Claim(
+            text="partial observability matters: a task longer than the context is solved with a memory action, and at chance without",
+            paper="no experiments of its own; memory as a capability of agents",
+            how="recall of one of four pairs that went by in contexts of their own, the same demonstrations and steps: greedy score",
+            must="at least 0.9 with the memory action; at most chance + 0.1 without",
+            judge=_memory,
+        ),
     ),
     arms=_arms,
-    measure=measure,
+    measure=_measure,
     scales={
-        "laptop": f"tiny-addends, 150 steps, {len(GRADIENT)} policy-gradient and {len(PREFERENCE)} preference rows; sums in several turns and in one",
+        "laptop": f"tiny-addends, 150 steps, {len(GRADIENT)} policy-gradient and {len(PREFERENCE)} preference rows; sums in several turns and in one; recall with a memory and without",
         "gpu": "SmolLM2-135M-Instruct on reasoning-gym and miniwob, 5 algorithms x 2 environments; one GPU",
         "full": "runs of verl's size on the benchmarks that the survey lists",
     },

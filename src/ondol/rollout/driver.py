@@ -205,7 +205,7 @@ class _Rollout:
         if clock.expired:
             t.stop_reason = StopReason.TIMEOUT
             return
-        _extend(t, self.renderer.prompt(t.messages, self.schemas))
+        t.observe(self.renderer.prompt(t.messages, self.schemas))
         t.prompt_length, seen = len(t.ids), 0
         for turn in range(plan.env.max_turns):
             sampling, room = plan.sampling, self._room(t)
@@ -259,7 +259,7 @@ class _Rollout:
             else:
                 observation = self.renderer.observation(result.messages, ended=done.finish is Finish.END)
             t.messages += result.messages
-            _extend(t, observation[: int(min(self._room(t), len(observation)))])
+            t.observe(observation[: int(min(self._room(t), len(observation)))])
             if clock.expired:
                 t.stop_reason = StopReason.TIMEOUT
                 return
@@ -273,18 +273,9 @@ class _Rollout:
     def _record(self, t: Trajectory, done: Completion) -> Message:
         """Append a sampled turn; the assistant message it amounts to."""
         calls: list[ToolCall] = self.style.parse(done.text) if self.style else []
-        start, n = len(t.ids), len(done.ids)
-        t.ids += done.ids
-        t.sampled += [True] * n
-        t.trained += [True] * n
-        t.logp += done.logp
-        t.version += [done.version] * n
-        if done.logp_truncated:
-            t.logp_truncated += [0.0] * (start - len(t.logp_truncated)) + done.logp_truncated
-        t.turns.append(Turn(start, start + n, done.text, done.finish, calls))
-        message = Message("assistant", done.text, tuple(calls))
-        t.messages.append(message)
-        return message
+        turn = Turn(len(t.ids), len(t.ids) + len(done.ids), done.text, done.finish, calls)
+        t.act(turn, done.ids, done.logp, done.logp_truncated, done.version)
+        return t.messages[-1]
 
 
 class _Clock:
@@ -310,18 +301,6 @@ class _Clock:
             return None
         finally:
             self.left_s = max(0.0, self.left_s - (time.monotonic() - started))
-
-
-def _extend(t: Trajectory, ids: list[int]) -> None:
-    """Append tokens that the policy did not produce."""
-    n = len(ids)
-    t.ids += ids
-    t.sampled += [False] * n
-    t.trained += [False] * n
-    t.logp += [0.0] * n
-    t.version += [-1] * n
-    if t.logp_truncated:
-        t.logp_truncated += [0.0] * n
 
 
 def _why_over(truncated: bool, action: Message) -> StopReason:

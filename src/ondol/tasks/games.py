@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ondol.records import Problem
 from ondol.tasks.base import DrawnTask
@@ -49,7 +49,9 @@ class Game(Protocol):
 
 
 class GameTask(DrawnTask):
-    """A task whose problems are games."""
+    """A task whose problems are games. `blocking`: a turn waits for somebody else, so it is played in a thread."""
+
+    blocking: ClassVar[bool] = False
 
     def open(self, problem: Problem) -> Game:
         """A fresh game of this problem."""

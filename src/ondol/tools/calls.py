@@ -41,6 +41,19 @@ class Named(Protocol):
     def main_argument(self) -> str: ...
 
 
+class Described(Named, Protocol):
+    @property
+    def description(self) -> str: ...
+
+
+def tags_text(tools: Iterable[Described]) -> str:
+    """A system message that tells of tools and how to call them with tags."""
+    usage = " ".join(
+        f"{t.description} To use it, write {t.main_argument} between <{t.name}> and </{t.name}>." for t in tools
+    )
+    return f"{usage} The result comes back between <result> and </result>. When you know the answer, reply with the answer alone."
+
+
 class Tags:
     """Calls as tags: `<python>print(1)</python>` is `ToolCall("python", {"code": "print(1)"})`.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import io
 import re
 from collections.abc import Sequence
@@ -97,6 +99,19 @@ def crop(image: Image, box: tuple[int, int, int, int], zoom: int = 1) -> Image:
         part = opened.convert("RGB").crop(box)
     part = part.resize((part.width * zoom, part.height * zoom), Pillow.Resampling.LANCZOS) if zoom > 1 else part
     return Image.of(png_of(part))
+
+
+def decoded(data: str) -> Image:
+    """The picture that base64 text of a PNG, JPEG, GIF or WebP file holds. Raises ValueError for anything else."""
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(base64.b64decode(data)), formats=["PNG", "JPEG", "GIF", "WEBP"]) as opened:
+            if opened.width * opened.height > _MAX_PIXELS:
+                raise ValueError(f"a picture of {opened.width}x{opened.height} pixels is too large")
+            return Image.of(png_of(opened.convert("RGB")))
+    except (OSError, SyntaxError, binascii.Error, Pillow.DecompressionBombError) as e:
+        raise ValueError(f"not a picture: {e}") from e
 
 
 def png_of(picture: Any) -> bytes:

@@ -24,11 +24,12 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from ondol.errors import OndolError, nearest
-from ondol.records import ToolResult
+from ondol.records import Image, ToolResult
 from ondol.sandbox.monty import clean
 from ondol.tools import background
 from ondol.tools.actions import printable
 from ondol.tools.base import Tool, ToolSession, Toolset
+from ondol.tools.image import decoded
 from ondol.tools.remote import described_class
 
 RESTARTED = "(the server was started again: what it remembered is gone)"
@@ -185,7 +186,8 @@ class _Hub:
                 return ToolResult(f"Error: the server ended during the call{note}", False, "crashed")
             return ToolResult(clean(printable(f"Error: {_why(e)}"), server.output_chars) + note, False, "error")
         kind = "error" if result.is_error else "ok"
-        return ToolResult(clean(_text(result), server.output_chars) + note, kind == "ok", kind)
+        images = await asyncio.to_thread(_images, result)
+        return ToolResult(clean(_text(result), server.output_chars) + note, kind == "ok", kind, images=images)
 
     async def leave(self, key: str, user: ToolSession) -> None:
         users = self.users.get(key, set())
@@ -365,6 +367,16 @@ def _text(result: Any) -> str:
     if not parts and result.structured_content is not None:
         parts.append(json.dumps(result.structured_content))
     return printable("\n".join(parts))
+
+
+def _images(result: Any) -> tuple[Image, ...]:
+    """The pictures of a result that can be shown; of the others its text says that they were there."""
+    found = []
+    for block in result.content:
+        if block.type == "image":
+            with contextlib.suppress(ValueError):
+                found.append(decoded(block.data))
+    return tuple(found)
 
 
 def _inner(e: BaseException) -> BaseException:

@@ -32,6 +32,10 @@ _LABELS = {
     "gradient/norm": "gradient",
 }
 _PLAIN_EVERY_S = 5.0
+_TELLING, _PATIENCE_S = (
+    0.02,
+    60.0,
+)  # the time left is not guessed from less than this share of the work, unless it takes long
 _now = time.monotonic
 
 
@@ -122,8 +126,10 @@ class Progress:
         if self._name in self.weights:
             done = sum(self.weights.get(name, 0.0) for name in self._finished)
             whole = (done + self.weights[self._name] * min(share, 1.0)) / all_weights
-            made = whole - self._skipped
-            return ((_now() - self._start) * (1 - whole) / made, True) if made > 1e-9 else None
+            made, spent = whole - self._skipped, _now() - self._start
+            if made <= 1e-9 or (made < _TELLING and spent < _PATIENCE_S):
+                return None
+            return spent * (1 - whole) / made, True
         made = self._done - self._first_done
         left = max(self._total - self._done, 0) if self._total else 0
         return ((_now() - self._phase_start) * left / made, False) if made > 0 else None

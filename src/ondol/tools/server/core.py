@@ -91,6 +91,8 @@ class ToolServer:
         tools: in the order in which they are asked whether an action is theirs.
         limits: how much it takes on.
         done_if_invalid: an action that no tool understands ends its trajectory.
+
+    Raises OndolError for tools that cannot be served together, and for one that requires more of this machine than it has.
     """
 
     def __init__(self, tools: Sequence[Tool], limits: Limits | None = None, *, done_if_invalid: bool = False) -> None:
@@ -100,6 +102,8 @@ class ToolServer:
                 f"these tools cannot be served: {', '.join(t.name for t in tools) or '(none)'}",
                 f"at least one, no two of the same name, and none called '{FINISH}'",
             )
+        found = {name: tool.facts() for name, tool in self.tools.items()}
+        self.sandbox = {name: facts["sandbox"] for name, facts in found.items() if "sandbox" in facts}
         self.limits = limits or Limits()
         self.done_if_invalid = done_if_invalid
         self.started = time.monotonic()
@@ -275,6 +279,7 @@ class ToolServer:
             "sessions": sum(len(t.sessions) for t in self._trajectories.values()),
             "served": self.served,
             "left_behind": self.left_behind,
+            "sandbox": self.sandbox,
         }
 
     async def drain(self, grace_s: float) -> bool:

@@ -100,7 +100,7 @@ def build_app(server: ToolServer, *, token: str | None = None, loopback: bool = 
     app.state.streams = set()  # open MCP event streams: they would keep a closing server waiting
     if manager is not None:
         app.router.routes.append(Route("/mcp", _Mcp(server, manager, app.state.streams)))
-    return _Gate(app, token, loopback)
+    return Gate(app, token, loopback)
 
 
 def describe(server: ToolServer) -> list[wire.ToolDescription]:
@@ -204,7 +204,7 @@ def _problem(status: int, detail: Any, remedy: str) -> Response:
     return JSONResponse({"detail": detail, "remedy": remedy}, status)
 
 
-class _Gate:
+class Gate:
     """Lets through what may ask: the right token, or without one, loopback names and no foreign web page."""
 
     def __init__(self, app: Any, token: str | None, loopback: bool) -> None:

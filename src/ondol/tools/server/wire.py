@@ -108,6 +108,7 @@ class HealthReply(BaseModel):
     sessions: int
     served: int
     left_behind: int = Field(description="calls that did not come back at their deadline, nor when cancelled")
+    sandbox: dict[str, str] = Field(default={}, description="tool -> the isolation level that its calls run behind")
 
 
 class Problem(BaseModel):
