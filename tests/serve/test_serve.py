@@ -7,6 +7,8 @@ import contextlib
 import json
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +29,6 @@ from ondol.train.dump import groups_of, read_trajectories
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.timeout(90)
 
 TOOL = {
@@ -73,6 +74,18 @@ def serving(
 def loaded(tiny_families):
     model, tokenizer = tiny_families["qwen2"]
     return model, tokenizer, renderer_for(tokenizer)
+
+
+def http(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """Status and JSON of a plain request; a body is sent as JSON, bytes as they are."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    kind = {} if isinstance(body, bytes) else {"content-type": "application/json"}
+    request = urllib.request.Request(url, data, {**kind, **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read() or b"null")
 
 
 def client(url: str, key: str = "none") -> Any:
@@ -145,9 +158,13 @@ def test_recorded_tokens_are_those_that_were_sampled(loaded, tmp_path):
                     messages.append({"role": "user", "content": more})
             other = [{"role": "user", "content": "another conversation"}]
             c.chat.completions.create(model="m", messages=other, seed=1)
-            r = httpx.post(f"{url}/episodes/{name}/score", json={"score": score, "problem": "counting"})
-            assert r.status_code == 200 and r.json()["turns"] == 4
-        assert httpx.get(f"{url}/health").json()["episodes"] == 2
+            status, told = http(f"{url}/episodes/{name}/score", {"score": score, "problem": "counting"})
+            assert status == 200 and told["turns"] == 4
+        assert http(f"{url}/health")[1]["episodes"] == 2
+        assert http(f"{url}/groups?size=3")[1] == {"groups": [], "next": 0}
+        told = http(f"{url}/groups?size=2")[1]
+        assert told["next"] == 1 and [t["score"] for t in told["groups"][0]["trajectories"]] == [1.0, 0.0]
+        assert http(f"{url}/groups?first=1&size=2")[1]["groups"] == [] and http(f"{url}/groups?size=x")[0] == 400
         client(f"{url}/episodes/left/v1").chat.completions.create(model="m", messages=messages[:1])
     assert [e.data["episode"] for e in run.db.events("episode_dropped")] == ["left"]
     run.close()
@@ -230,25 +247,20 @@ def test_wrong_requests_and_limits(loaded, tmp_path):
     recorder = Recorder(Run.create(tmp_path, "recorded", {}))
     with serving(loaded, recorder) as url:
         for body, said in bad:
-            r = httpx.post(f"{url}/v1/chat/completions", json=body)
-            assert r.status_code == 400 and said in r.json()["error"]["message"], (body, r.text)
-        assert (
-            httpx.post(
-                f"{url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
-            ).status_code
-            == 400
-        )
-        assert httpx.post(f"{url}/v1/chat/completions", content=b"{}").status_code == 415
-        assert httpx.post(f"{url}/episodes/none/score", json={"score": 1}).status_code == 404
+            status, told = http(f"{url}/v1/chat/completions", body)
+            assert status == 400 and said in told["error"]["message"], (body, told)
+        assert http(f"{url}/v1/chat/completions", b"{", {"content-type": "application/json"})[0] == 400
+        assert http(f"{url}/v1/chat/completions", b"{}")[0] == 415
+        assert http(f"{url}/episodes/none/score", {"score": 1})[0] == 404
         c = client(f"{url}/episodes/e/v1")
         with pytest.raises(openai.BadRequestError):  # and nothing of it stays in the episode
             c.chat.completions.create(model="m", messages=[{"role": "user", "content": "y" * 400}])
         c.chat.completions.create(model="m", messages=ok)
         for score in (2, "a", None, True):
-            assert httpx.post(f"{url}/episodes/e/score", json={"score": score}).status_code == 400
-        assert httpx.post(f"{url}/episodes/e/score", json={"score": 0.5, "reward": -1.0}).json()["turns"] == 1
-        assert httpx.post(f"{url}/episodes/e/score", json={"score": 0.5}).status_code == 404
-        assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 403
+            assert http(f"{url}/episodes/e/score", {"score": score})[0] == 400
+        assert http(f"{url}/episodes/e/score", {"score": 0.5, "reward": -1.0})[1]["turns"] == 1
+        assert http(f"{url}/episodes/e/score", {"score": 0.5})[0] == 404
+        assert http(f"{url}/health", headers={"host": "evil.example"})[0] == 403
     recorder.run.close()
     with serving(loaded, token="secret", most=1) as url:
         with pytest.raises(openai.AuthenticationError):
@@ -280,7 +292,7 @@ def test_many_at_once_and_a_client_that_leaves(loaded):
         )
         assert texts[5] == one.choices[0].message.content
         for _ in range(100):
-            if httpx.get(f"{url}/health").json()["turns_under_way"] == 0:
+            if http(f"{url}/health")[1]["turns_under_way"] == 0:
                 break
             time.sleep(0.05)
-        assert httpx.get(f"{url}/health").json()["turns_under_way"] == 0
+        assert http(f"{url}/health")[1]["turns_under_way"] == 0

@@ -476,3 +476,21 @@ def test_git_state(tmp_path):
     assert clean is not None and len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
+
+
+# Other trainers' datasets
+
+
+def test_datasets_of_other_trainers(tmp_path):
+    with Run.create(tmp_path, "x", {"name": "x", "task": {"name": "sums"}}) as run:
+        run.db.add_trajectories("rl", 1, [trajectory(1, 0, s, score=float(s)) for s in range(2)])
+        run.db.add_trajectories("after/greedy", 0, [trajectory(0, 1, 0)])
+        assert run.export("trl", tmp_path / "trl.jsonl") == 2 and run.export("verl", tmp_path / "verl.jsonl") == 2
+        with pytest.raises(OndolError, match="JSON lines"):
+            run.export("metrics", tmp_path / "m.parquet")
+    rows = [json.loads(line) for line in (tmp_path / "trl.jsonl").read_text().splitlines()]
+    assert [r["label"] for r in rows] == [False, True] and rows[0]["prompt"] == [{"role": "user", "content": "What is 1+2?"}]
+    assert [m["role"] for m in rows[0]["completion"]] == ["assistant", "tool"]
+    train, test = (json.loads(line) for line in (tmp_path / "verl.jsonl").read_text().splitlines())
+    assert train["data_source"] == "sums" and train["reward_model"] == {"style": "rule", "ground_truth": "3"}
+    assert (train["extra_info"]["split"], test["extra_info"]["split"]) == ("train", "test")  # held-out problems stay held out

@@ -169,7 +169,7 @@ def test_a_log_gets_a_line_every_five_seconds_and_the_last(monkeypatch):
             p.advance(1, **{"score/mean": step / 100, "stop/answered": 0.75, "stop/error": 0.0})
     lines = text_of(console)
     assert len(lines) == 3
-    assert lines[0].startswith("rl  1/100  0s so far  10s left in this phase  score 0.0%")
+    assert lines[0].startswith("rl  1/100  0s so far  score 0.0%")  # too early to guess what is left
     assert lines[-1] == "rl  100/100  10s so far  score 99.0%  answered 75.0%"
     assert "\x1b" not in "".join(lines)
 

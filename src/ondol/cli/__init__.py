@@ -138,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
     run(c)
     c.add_argument(
         "what",
-        choices=("trajectories", "metrics", "events", "model"),
-        help="JSON lines; 'model' is a folder that transformers loads",
+        choices=("trajectories", "metrics", "events", "model", "trl", "verl"),
+        help="JSON lines; 'model' is a folder that transformers loads; trl, verl: those trainers' datasets (.jsonl or .parquet)",
     )
     c.add_argument("-o", "--output", required=True, metavar="PATH", help="file (folder for 'model') to write")
     root(c)

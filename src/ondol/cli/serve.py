@@ -13,6 +13,7 @@ from rich.text import Text
 from ondol.cli._common import find_model, load, runs_root
 from ondol.envs.tool import ToolEnv
 from ondol.errors import OndolError
+from ondol.recipe import to_table
 
 
 def run(args: Namespace) -> int:
@@ -51,7 +52,10 @@ def run(args: Namespace) -> int:
     name = folder.name if folder else recipe.name
     sock = listen(args.host, args.port)
     url = url_of(sock)
-    recording = recording_run(runs_root(args), name, recipe.model_dump(mode="json")) if args.record else None
+    recording = None
+    if args.record:  # its recipe names the model that really spoke
+        spoken = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
+        recording = recording_run(runs_root(args), name, to_table(spoken))
     recorder = Recorder(recording, problems_per_step=recipe.train.prompts_per_step) if recording is not None else None
     if recording is not None:
         recording.state = "running"
@@ -63,6 +67,7 @@ def run(args: Namespace) -> int:
         context_length=loaded.context_length,
         timeout_s=recipe.rollout.timeout_s,
         recorder=recorder,
+        group_size=recipe.train.samples_per_prompt,
     )
 
     def ready() -> None:

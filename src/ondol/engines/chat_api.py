@@ -68,8 +68,8 @@ def parse(body: Any, default: Sampling) -> Asked:
         tools = ()
     elif choice != "auto":
         raise BadRequest("tool_choice is 'auto' or 'none'", "tool_choice")
-    stop = body.get("stop") or []
-    stop = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else ("", 0)
+    given = body.get("stop") or []
+    stop: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else ("",)
     if len(stop) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise BadRequest(f"stop is a string, or a list of at most {_MOST_STOPS}", "stop")
     choices = _number(body, "n", 1, 1, 128, whole=True)
@@ -157,7 +157,7 @@ def _text(content: Any, where: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [None]
+    parts: list[Any] = content if isinstance(content, list) else [{}]
     if not all(
         isinstance(p, dict) and p.get("type") in ("text", "refusal") and isinstance(p.get("text"), str) for p in parts
     ):

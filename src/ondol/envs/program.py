@@ -112,7 +112,11 @@ class _Episode:
         endpoint = _endpoint()
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        endpoint.episodes[self.name] = lambda item: loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+
+        def deliver(item: Any) -> None:
+            loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+
+        endpoint.episodes[self.name] = deliver
         self.program = _Program(
             self.env, self.problem.question, f"{endpoint.url}/{self.name}/v1", endpoint.key, loop, self.inbox
         )

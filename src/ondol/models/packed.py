@@ -48,11 +48,8 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        mlps = [
-            m
-            for m in model.modules()
-            if is_fused_mlp(m) and _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)
-        ]
+        mlps: list[Any] = [m for m in model.modules() if is_fused_mlp(m)]
+        mlps = [m for m in mlps if _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)]
         paired = {id(layer) for m in mlps for layer in (m.gate_proj, m.up_proj)}
         self.layers = [
             m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight) and id(m) not in paired

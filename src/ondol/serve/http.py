@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint over the embedded engine; with a recorder, also under `/episodes/NAME/v1`.
 
 `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`. Recording: an agent whose base URL is `.../episodes/NAME/v1` is one
-episode; `POST /episodes/NAME/score` with `{"score": 1.0}` ends it.
+episode; `POST /episodes/NAME/score` with `{"score": 1.0}` ends it; `GET /groups?first=0` gives finished groups to a trainer elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from ondol.engines import chat_api as api
 from ondol.engines.base import Completion, Request, Sampling
@@ -48,6 +48,7 @@ class Endpoint:
         sampling: for what a request leaves open.
         context_length: of the model; answers are cut to fit it.
         timeout_s: of one turn.
+        group_size: episodes of one problem that make a finished group.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Endpoint:
         context_length: int,
         timeout_s: float = 600.0,
         recorder: Recorder | None = None,
+        group_size: int = 8,
     ) -> None:
+        self.group_size = group_size
         self.worker, self.speaker, self.name, self.sampling = worker, speaker, name, sampling
         self.context_length, self.timeout_s, self.recorder = context_length, timeout_s, recorder
         self.started, self._count = time.time(), itertools.count()
@@ -258,6 +261,13 @@ def build_app(endpoint: Endpoint, *, token: str | None = None, loopback: bool = 
         endpoint.worker.release(f"episode/{name}")
         return JSONResponse(out)
 
+    async def groups(http: Http) -> Response:
+        assert recorder is not None
+        numbers = [http.query_params.get("first", "0"), http.query_params.get("size", str(endpoint.group_size))]
+        if not all(n.isdecimal() and len(n) < 10 for n in numbers) or int(numbers[1]) < 1:
+            raise BadRequest("first is a problem's number, size the episodes of a group: whole numbers", "first")
+        return JSONResponse(recorder.groups(*map(int, numbers)))
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
@@ -275,11 +285,12 @@ def build_app(endpoint: Endpoint, *, token: str | None = None, loopback: bool = 
             Route("/episodes/{episode}/v1/models", models, methods=["GET"]),
             Route("/episodes/{episode}/v1/chat/completions", _refusing(chat_in), methods=["POST"]),
             Route("/episodes/{episode}/score", _refusing(score), methods=["POST"]),
+            Route("/groups", _refusing(groups), methods=["GET"]),
         ]
     return Gate(Starlette(routes=routes, lifespan=lifespan), token, loopback)
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -133,6 +133,23 @@ class Recorder:
             "turns": len(t.turns),
         }
 
+    def groups(self, first: int, size: int, most: int = 64) -> dict[str, Any]:
+        """Finished groups, those with at least `size` scored episodes, from problem number `first` on; `next` is where to go on."""
+        found: dict[int, list[Trajectory]] = {}
+        for t in self.run.db.trajectories(phase="rl"):
+            if t.key[1] >= first:
+                found.setdefault(t.key[1], []).append(t)
+        whole = sorted(n for n, ts in found.items() if len(ts) >= size)[:most]
+        rows = [
+            {
+                "problem": n,
+                "question": found[n][0].problem.question,
+                "trajectories": [t.to_dict() for t in sorted(found[n], key=lambda t: t.key)],
+            }
+            for n in whole
+        ]
+        return {"groups": rows, "next": whole[-1] + 1 if whole else first}
+
     def close(self) -> None:
         """What is still under way has no score and is not training data."""
         for name in list(self.open):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ondol.errors import OndolError, nearest
 from ondol.store.database import Database
 from ondol.store.environment import environment
+from ondol.store.exchange import trl_rows, verl_rows
 from ondol.store.toml import dump_toml
 
 STATES = ("created", "running", "stopped", "finished", "failed")
@@ -174,8 +175,9 @@ class Run:
             raise OndolError(f"no run is ever '{value}'", nearest(value, STATES))
         self.db.set_meta("state", value)
 
-    def export(self, what: Literal["metrics", "trajectories", "events"], path: Path) -> int:
-        """Write JSONL, one record a line; returns how many. The file appears when it is whole.
+    def export(self, what: Literal["metrics", "trajectories", "events", "trl", "verl"], path: Path) -> int:
+        """Write JSONL, one record a line; returns how many. The file appears when it is whole. For a path that ends with .parquet the
+        datasets of other trainers ("trl", "verl") are written as that instead.
 
         An image is a reference: the file is `images/<sha256>.png` in the run's folder. A metric that is not finite is written as the string "nan", "inf" or "-inf": JSON has no number for it.
         """
@@ -187,9 +189,17 @@ class Run:
         elif what == "trajectories":
             phases = dict.fromkeys(row.phase for row in self.db.trajectory_rows())
             rows = ({"phase": phase, **t.to_dict()} for phase in phases for t in self.db.trajectories(phase=phase))
+        elif what == "trl":
+            rows = trl_rows(self)
+        elif what == "verl":
+            rows = verl_rows(self)
         else:
-            raise OndolError(f"there is no '{what}' to export", nearest(what, ("metrics", "trajectories", "events")))
+            raise OndolError(
+                f"there is no '{what}' to export", nearest(what, ("metrics", "trajectories", "events", "trl", "verl"))
+            )
         path, count = Path(path), 0
+        if path.suffix == ".parquet":
+            return _parquet(list(rows), what, path)
         part = path.with_name(path.name + ".part")
         try:
             with part.open("w", encoding="utf-8") as file:
@@ -312,6 +322,27 @@ def _summary(path: Path) -> RunSummary:
             return RunSummary(path, path.name, created, run.state, run.db.marks(), run.db.last_metrics())
     except OndolError:
         return RunSummary(path, path.name, created, "damaged", {}, {})
+
+
+def _parquet(rows: list[dict[str, Any]], what: str, path: Path) -> int:
+    if what not in ("trl", "verl"):
+        raise OndolError(f"'{what}' is written as JSON lines", "give a path that ends with .jsonl")
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise OndolError(
+            "parquet files need the package pyarrow", "pip install pyarrow, or a path that ends with .jsonl"
+        ) from e
+    part = path.with_name(path.name + ".part")
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
+        part.replace(path)
+    except OSError as e:
+        raise OndolError(f"{path} cannot be written: {e}", "choose another place, or free space") from e
+    finally:
+        part.unlink(missing_ok=True)
+    return len(rows)
 
 
 def _plain(value: float) -> float | str:

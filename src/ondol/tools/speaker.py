@@ -45,7 +45,8 @@ class Speaker:
     ) -> None:
         self.renderer, self.tokenizer, self.calls = renderer, tokenizer, calls
         self.known = {t.name: t for t in known}
-        self.system, self.result_role = system, result_role
+        self.system = system
+        self.result_role: Literal["tool", "user"] = result_role
 
     def style(self, asked: Asked) -> CallStyle | None:
         if not asked.tools:

@@ -130,9 +130,11 @@ class Progress:
             if made <= 1e-9 or (made < _TELLING and spent < _PATIENCE_S):
                 return None
             return spent * (1 - whole) / made, True
-        made = self._done - self._first_done
+        made, spent = self._done - self._first_done, _now() - self._phase_start
         left = max(self._total - self._done, 0) if self._total else 0
-        return ((_now() - self._phase_start) * left / made, False) if made > 0 else None
+        if made <= 0 or (made < _TELLING * (made + left) and spent < _PATIENCE_S):
+            return None
+        return spent * left / made, False
 
     def _flush(self) -> None:
         """Print the pending plain line."""
