@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -52,6 +52,9 @@ class Plan:
         turn_barrier: run no tool before all turns are sampled (and, as ever without overlap, sample none while one runs).
         max_response_tokens: most tokens after the prompt, observations included; None: as the model's context allows.
         masking: what of a trajectory is trained on.
+        recorded: trajectories by key that were begun elsewhere: their turns are not sampled again but played to a fresh episode, which then
+            goes on. Its environment must repeat itself; where it does not, the trajectory ends with an error.
+        saved: called with each trajectory when a turn of it was sampled, before the environment hears of it.
         progress: called with each finished trajectory.
         stop: called between engine steps and while tools run; raise in it to give up (everything is cleaned up).
     """
@@ -70,6 +73,8 @@ class Plan:
     turn_barrier: bool = False
     max_response_tokens: int | None = None
     masking: Masking = field(default_factory=Masking)
+    recorded: Mapping[tuple[int, int, int], Trajectory] = field(default_factory=dict)
+    saved: Callable[[Trajectory], None] = field(default=lambda t: None)
     progress: Callable[[Trajectory], None] = field(default=lambda t: None)
     stop: Callable[[], None] = field(default=lambda: None)
 
@@ -79,7 +84,7 @@ def rollout(engine: Engine, renderer: Any, plan: Plan) -> list[Group]:
 
     A tool or an environment that fails makes a trajectory with that stop reason, never an exception here.
     """
-    work = _Rollout(engine, renderer, plan).run
+    work = Rollout(engine, renderer, plan).run
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -88,7 +93,7 @@ def rollout(engine: Engine, renderer: Any, plan: Plan) -> list[Group]:
         return pool.submit(lambda: asyncio.run(work())).result()
 
 
-class _Rollout:
+class Rollout:
     def __init__(self, engine: Engine, renderer: Any, plan: Plan) -> None:
         self.engine, self.renderer, self.plan = engine, renderer, plan
         self.style = plan.env.call_style(renderer)
@@ -105,7 +110,7 @@ class _Rollout:
         self.away = len(keys)
         tasks = [asyncio.create_task(self._episode(plan.problems[p - plan.first], p, s)) for p, s in keys]
         try:
-            await self._drive(tasks)
+            await self._drive(lambda: all(t.done() for t in tasks))
             done = [t.result() for t in tasks]
         finally:
             for task in tasks:
@@ -116,10 +121,10 @@ class _Rollout:
         size = plan.samples
         return [Group(p, done[i * size : (i + 1) * size]) for i, p in enumerate(plan.problems)]
 
-    async def _drive(self, tasks: list[asyncio.Task[Trajectory]]) -> None:
-        """Step the engine until all episodes are done."""
+    async def _drive(self, over: Callable[[], bool]) -> None:
+        """Step the engine until it is `over`: all episodes are done, say."""
         heard = time.monotonic()
-        while not all(t.done() for t in tasks):
+        while not over():
             self.plan.stop()
             if self.away and not (self.plan.overlap_tools and (self.asked or self.engine.busy)):
                 self.changed.clear()
@@ -224,8 +229,10 @@ class _Rollout:
                 messages=t.messages[seen:],
                 timeout_s=clock.left_s,
             )
+            done = _said_before(plan.recorded.get(t.key), t, session)
             try:
-                done = await self._sample(request)
+                anew = done is None
+                done = done or await self._sample(request)
             except OndolError as e:
                 if turn == 0:
                     raise
@@ -233,6 +240,8 @@ class _Rollout:
                 return
             clock.left_s = max(0.0, clock.left_s - done.seconds)
             action = self._record(t, done)
+            if anew:
+                plan.saved(t)
             if done.finish in STOP_REASONS:
                 t.stop_reason = STOP_REASONS[done.finish]
                 if done.finish is Finish.LENGTH and self._room(t) <= 0:
@@ -301,6 +310,23 @@ class _Clock:
             return None
         finally:
             self.left_s = max(0.0, self.left_s - (time.monotonic() - started))
+
+
+def _said_before(recorded: Trajectory | None, t: Trajectory, session: str) -> Completion | None:
+    """The turn that comes next in a trajectory that was begun elsewhere; None when it has to be sampled."""
+    number = len(t.turns)
+    if recorded is None or number >= len(recorded.turns):
+        return None
+    turn = recorded.turns[number]
+    span = slice(turn.start, turn.end)
+    if t.ids != recorded.ids[: turn.start]:
+        raise OndolError(
+            f"the episode {session} cannot go on elsewhere: its environment said something else than the first time",
+            "only environments that repeat themselves can be resumed",
+        )
+    truncated = recorded.logp_truncated[span] if recorded.logp_truncated else []
+    version = recorded.version[turn.start] if turn.end > turn.start else 0
+    return Completion(session, recorded.ids[span], recorded.logp[span], truncated, turn.text, turn.finish, version)
 
 
 def _why_over(truncated: bool, action: Message) -> StopReason:
