@@ -489,8 +489,13 @@ def test_datasets_of_other_trainers(tmp_path):
         with pytest.raises(OndolError, match="JSON lines"):
             run.export("metrics", tmp_path / "m.parquet")
     rows = [json.loads(line) for line in (tmp_path / "trl.jsonl").read_text().splitlines()]
-    assert [r["label"] for r in rows] == [False, True] and rows[0]["prompt"] == [{"role": "user", "content": "What is 1+2?"}]
+    assert [r["label"] for r in rows] == [False, True] and rows[0]["prompt"] == [
+        {"role": "user", "content": "What is 1+2?"}
+    ]
     assert [m["role"] for m in rows[0]["completion"]] == ["assistant", "tool"]
     train, test = (json.loads(line) for line in (tmp_path / "verl.jsonl").read_text().splitlines())
     assert train["data_source"] == "sums" and train["reward_model"] == {"style": "rule", "ground_truth": "3"}
-    assert (train["extra_info"]["split"], test["extra_info"]["split"]) == ("train", "test")  # held-out problems stay held out
+    assert (train["extra_info"]["split"], test["extra_info"]["split"]) == (
+        "train",
+        "test",
+    )  # held-out problems stay held out

@@ -63,7 +63,10 @@ class Ledger:
             "returning problem, sample, trajectory, taken",
             (self.owner, now + self.lease_s, now, most),
         ).fetchall()
-        return [Claimed((p, s), None if t is None else Trajectory.from_dict(json.loads(t)), n) for p, s, t, n in sorted(rows)]
+        return [
+            Claimed((p, s), None if t is None else Trajectory.from_dict(json.loads(t)), n)
+            for p, s, t, n in sorted(rows)
+        ]
 
     def renew(self, now: float | None = None) -> int:
         """The heartbeat; how many episodes are ours."""
@@ -82,9 +85,13 @@ class Ledger:
 
     def _write(self, key: Key, t: Trajectory, state: str) -> bool:
         row = (json.dumps(t.to_dict()), state, *key, self.owner)
-        return self._db.execute(
-            "update episodes set trajectory = ?, state = ? where problem = ? and sample = ? and owner = ? and state = 'at work'", row
-        ).rowcount == 1
+        return (
+            self._db.execute(
+                "update episodes set trajectory = ?, state = ? where problem = ? and sample = ? and owner = ? and state = 'at work'",
+                row,
+            ).rowcount
+            == 1
+        )
 
     def release(self, owner: str) -> int:
         """Somebody is known to be gone: what it worked on waits again, at once."""
@@ -100,7 +107,9 @@ class Ledger:
     def holders(self, now: float | None = None) -> dict[str, tuple[int, float]]:
         """Owner -> (episodes at work, seconds since its last heartbeat)."""
         now = time.time() if now is None else now
-        rows = self._db.execute("select owner, count(*), max(lease) from episodes where state = 'at work' group by owner")
+        rows = self._db.execute(
+            "select owner, count(*), max(lease) from episodes where state = 'at work' group by owner"
+        )
         return {owner: (n, now - (lease - self.lease_s)) for owner, n, lease in rows}
 
     def taken(self) -> dict[Key, int]:
@@ -109,7 +118,9 @@ class Ledger:
 
     def results(self) -> dict[Key, Trajectory]:
         """All that are done, in order."""
-        rows = self._db.execute("select problem, sample, trajectory from episodes where state = 'done' order by problem, sample")
+        rows = self._db.execute(
+            "select problem, sample, trajectory from episodes where state = 'done' order by problem, sample"
+        )
         return {(p, s): Trajectory.from_dict(json.loads(t)) for p, s, t in rows}
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from ondol.records import Group, Trajectory
 from ondol.rollout.driver import Plan, Rollout
 
 _LOOK_S = 0.05  # between two looks of the parent, and of a worker that finds nothing to do
+_CLAIM_S = 1.0  # after which a worker with room asks for more, though none of its episodes has ended
 _TELL_S = 20.0  # without any progress, until it is said who waits for whom
 _LOG_CHARS = 2000
 
@@ -107,12 +108,16 @@ def run_job(
                     say(_who_waits(counts, ledger, crew))
                     moved = now
                 if now - started > timeout_s:
-                    raise OndolError(f"after {timeout_s:g} s: {_who_waits(counts, ledger, crew)}", f"go on with folder={place}")
+                    raise OndolError(
+                        f"after {timeout_s:g} s: {_who_waits(counts, ledger, crew)}", f"go on with folder={place}"
+                    )
                 for owner, why in crew.gone():
                     freed = ledger.release(owner)
                     say(f"worker {owner} ended ({why}); {freed} episodes go on elsewhere")
                     if crew.lost > replacements:
-                        raise OndolError(f"{crew.lost} workers were lost; the last: {why}", "see the workers' logs above")
+                        raise OndolError(
+                            f"{crew.lost} workers were lost; the last: {why}", "see the workers' logs above"
+                        )
                     crew.start()
                 watch([p for p, _ in crew.processes.values()])
                 time.sleep(_LOOK_S)
@@ -138,9 +143,19 @@ class _Crew:
         owner = f"w{self.count}-{os.getpid()}-{time.time_ns()}"
         self.count += 1
         log = self.folder / f"{owner}.log"
-        command = [sys.executable, "-m", "ondol.cluster.workers", self.job, str(self.ledger.path), owner, str(self.at_once)]
+        command = [
+            sys.executable,
+            "-m",
+            "ondol.cluster.workers",
+            self.job,
+            str(self.ledger.path),
+            owner,
+            str(self.at_once),
+        ]
         with log.open("wb") as out:
-            process = subprocess.Popen([*command, str(self.lease_s)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [*command, str(self.lease_s)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
         self.processes[owner] = (process, log)
 
     def gone(self) -> list[tuple[str, str]]:
@@ -168,9 +183,8 @@ def _who_waits(counts: dict[str, int], ledger: Ledger, crew: _Crew) -> str:
     holders = ledger.holders()
     said = [f"{owner} has {n} episodes, its last sign {ago:.0f} s ago" for owner, (n, ago) in holders.items()]
     idle = [owner for owner in crew.processes if owner not in holders]
-    return (
-        f"{counts['done']} episodes done, {counts['waiting']} wait, {counts['at work']} are at work: "
-        + "; ".join([*said, *(f"{owner} has none" for owner in idle)])
+    return f"{counts['done']} episodes done, {counts['waiting']} wait, {counts['at work']} are at work: " + "; ".join(
+        [*said, *(f"{owner} has none" for owner in idle)]
     )
 
 
@@ -193,8 +207,10 @@ class _Worker(Rollout):
                         return
                     await asyncio.sleep(_LOOK_S)  # others are at work, and may be lost
                     continue
-                looked = time.monotonic()
-                await self._drive(lambda: any(t.done() for t in self.ours.values()) or time.monotonic() - looked > 1.0)
+                until = time.monotonic() + _CLAIM_S
+                await self._drive(
+                    lambda until=until: any(t.done() for t in self.ours.values()) or time.monotonic() > until
+                )
                 for key in [k for k, t in self.ours.items() if t.done()]:
                     task = self.ours.pop(key)
                     if not task.cancelled():
