@@ -89,7 +89,7 @@ def capabilities(model: str | Path, problems: int = 16) -> list[Row]:
     """
     from ondol.benchmarks import matrix
     from ondol.models.load import load_model
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
 
     loaded = load_model(str(model))
     recipe = load_recipe({"model": {"path": str(model)}, "task": "two-addends"})

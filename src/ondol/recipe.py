@@ -43,6 +43,12 @@ class RolloutSettings(Masking):
 
     max_batch: int = Field(default=64, ge=1, description="most sequences in the engine at once")
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of one trajectory")
+    processes: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="training rollouts by so many processes beside this one, each with a thread and the model; 0: here",
+    )
     overlap_tools: bool = Field(
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )

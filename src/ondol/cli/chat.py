@@ -46,7 +46,7 @@ def run(args: Namespace) -> int:
     console.print(Text(f"talking to {name}", DIM))
     loaded = load(recipe, path, lambda line: console.print(Text(line, DIM)))
 
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
 
     sampling = recipe.sampling.model_copy(update={"temperature": args.temperature})
     limit = f"cut at {sampling.max_tokens} tokens; --set sampling.max_tokens=... allows more"

@@ -90,7 +90,7 @@ def _endpoint(args: Namespace, recipe: Recipe, stack: ExitStack) -> tuple[Any, A
 
 def _embedded(recipe: Recipe, path: str, console: Console) -> tuple[Any, Any]:
     loaded = load(recipe, path, lambda line: console.print(Text(line, "dim")))
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
 
     return make_engine(recipe, loaded), loaded.renderer
 

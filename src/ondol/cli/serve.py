@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
     from ondol.serve.record import Recorder, recording_run
     from ondol.serve.worker import Worker
     from ondol.tools.speaker import Speaker
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
 
     env = recipe.env if isinstance(recipe.env, ToolEnv) else None
     calls = env.calls if env is not None and env._tools else "json"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,12 @@ def run_job(
                 if counts != before:
                     moved, before = now, counts
                 if now - moved > _TELL_S:
-                    say(_who_waits(counts, ledger, crew))
+                    say(who_waits(counts, ledger, crew.processes))
                     moved = now
                 if now - started > timeout_s:
                     raise OndolError(
-                        f"after {timeout_s:g} s: {_who_waits(counts, ledger, crew)}", f"go on with folder={place}"
+                        f"after {timeout_s:g} s: {who_waits(counts, ledger, crew.processes)}",
+                        f"go on with folder={place}",
                     )
                 for owner, why in crew.gone():
                     freed = ledger.release(owner)
@@ -179,10 +180,11 @@ class _Crew:
             process.wait(timeout=30)
 
 
-def _who_waits(counts: dict[str, int], ledger: Ledger, crew: _Crew) -> str:
+def who_waits(counts: dict[str, int], ledger: Ledger, workers: Iterable[str]) -> str:
+    """A sentence for a person who wonders why nothing moves."""
     holders = ledger.holders()
     said = [f"{owner} has {n} episodes, its last sign {ago:.0f} s ago" for owner, (n, ago) in holders.items()]
-    idle = [owner for owner in crew.processes if owner not in holders]
+    idle = [owner for owner in workers if owner not in holders]
     return f"{counts['done']} episodes done, {counts['waiting']} wait, {counts['at work']} are at work: " + "; ".join(
         [*said, *(f"{owner} has none" for owner in idle)]
     )
@@ -236,25 +238,31 @@ class _Worker(Rollout):
             self.ours[key].cancel()  # we were taken for lost, and another has it
 
 
-def main(job: str, path: str, owner: str, at_once: int, lease_s: float) -> None:
-    ledger = Ledger(Path(path), owner, lease_s)
-    engine, renderer, plan = load_job(job)
-    over = threading.Event()
+def work_on(engine: Any, renderer: Any, plan: Plan, path: Path, owner: str, at_once: int, lease_s: float) -> None:
+    """Work on the episodes of a ledger until none is left, with a heartbeat beside it."""
+    ledger = Ledger(path, owner, lease_s)
+    over, parent = threading.Event(), os.getppid()
 
     def beat() -> None:
-        beating = Ledger(Path(path), owner, lease_s)
-        while not over.wait(lease_s / 3):
+        beating = Ledger(path, owner, lease_s)
+        while not over.wait(min(lease_s / 3, 1.0)):
             beating.renew()
-            if os.getppid() == 1:  # the parent is gone
+            if os.getppid() != parent:  # nobody waits for us any more
                 os._exit(1)
         beating.close()
 
-    threading.Thread(target=beat, daemon=True).start()
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
     try:
         asyncio.run(_Worker(engine, renderer, plan, ledger, at_once).work())
     finally:
         over.set()
+        heart.join(timeout=10)
         ledger.close()
+
+
+def main(job: str, path: str, owner: str, at_once: int, lease_s: float) -> None:
+    work_on(*load_job(job), Path(path), owner, at_once, lease_s)
 
 
 if __name__ == "__main__":

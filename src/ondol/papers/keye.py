@@ -53,7 +53,7 @@ def _solver(path: str, recipe):  # type: ignore[no-untyped-def]
     """(problem, hint) -> share of right answers among 8 that begin with the hint; the same question, the same answers."""
     from ondol.engines.base import Request
     from ondol.models.load import load_model
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
     from ondol.train.warm_start import plain_prompt
 
     loaded = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)

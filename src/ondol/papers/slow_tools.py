@@ -170,7 +170,7 @@ def simulated(seed: int, calls: int, count: int, step_s: float = STEP_S, wait_s:
 def embedded(recipe: Recipe, model: Path, seed: int, count: int) -> dict[str, float]:
     """The same with a real model, greedily, in the embedded engine; the recipe's task and turns, a calculator with waits."""
     from ondol.evaluate import greedy, held_out
-    from ondol.train.loop import make_engine
+    from ondol.train.plans import make_engine
 
     loaded = load_model(str(model))
     problems, found = held_out(recipe.task, count), {}

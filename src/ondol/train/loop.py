@@ -8,24 +8,18 @@ number and what earlier stages recorded; it is written to the run's database in 
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ondol.engines.base import Sampling
-from ondol.engines.torch import TorchEngine
 from ondol.errors import OndolError
 from ondol.evaluate import evaluate, held_out, many_samples, ways
 from ondol.methods.base import ActorCritic
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
-from ondol.records import Group, Message, Problem, Trajectory
-from ondol.rollout.driver import Plan, rollout
-from ondol.rollout.masking import Masking
+from ondol.records import Group, Trajectory
+from ondol.rollout.driver import rollout
 from ondol.rollout.statistics import statistics
 from ondol.store import Run
 from ondol.train import checkpoint
@@ -36,7 +30,9 @@ from ondol.train.filters import Filtered, filtered, is_hopeless
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
-from ondol.train.prompts import PHASES, order, problems
+from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of
+from ondol.train.processes import ProcessRollouts
+from ondol.train.prompts import PHASES, order
 from ondol.train.report import Reporter
 from ondol.train.updates import NotFinite
 from ondol.train.warm_start import accepted, check_prompts, check_tokens, traces, updates
@@ -79,6 +75,7 @@ class Trainer:
         self.rollout_only = rollout_only
         self.dump = read_trajectories(dump) if dump else None
         self.engine = make_engine(recipe, loaded)
+        self.processes: ProcessRollouts | None = None
         self.learner: Learner | None = None
         self.version = 0
         self.problems = held_out(recipe.task, recipe.evaluate.problems)
@@ -102,6 +99,8 @@ class Trainer:
                 if self.recipe.evaluate.problems and not self.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
+                if count := self.recipe.rollout.processes:
+                    self.processes = ProcessRollouts(self.recipe, self.loaded, count, say=self.reporter.warn)
                 for index, stage in enumerate(self.stages):
                     if index >= self.done[0]:
                         self._run_stage(index, stage)
@@ -128,6 +127,10 @@ class Trainer:
         except BaseException:
             self.run.state = "failed"
             raise
+        finally:
+            if self.processes is not None:
+                self.processes.close()
+                self.processes = None
         self.run.state = "finished"
         return "finished"
 
@@ -264,16 +267,11 @@ class Trainer:
 
     def _collect(self, step: int) -> None:
         """Sample with examples in the prompt; record everything, keep what the verifier accepts."""
-        r, w = self.recipe, self.recipe.warm_start
+        w = self.recipe.warm_start
         assert w is not None
         started = time.perf_counter()
         groups = self._rollout(
-            problems(r, w.problems, 0, "warm_start"),
-            w.samples_per_problem,
-            r.sampling.model_copy(update={"temperature": w.temperature}),
-            "warm_start",
-            0,
-            examples=w.messages,
+            Asked("warm_start", 0, 0, w.problems, w.samples_per_problem, temperature=w.temperature, examples=True)
         )
         kept = accepted((t for g in groups for t in g.trajectories), w.keep_per_problem)
         tried = w.problems * w.samples_per_problem
@@ -337,7 +335,7 @@ class Trainer:
         metrics = r.method.reports(groups) | self._statistics(groups)
         metrics["rollout/seconds"] = sampled_in
         metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in
-        metrics["engine/prefix_hit_share"] = _hit_share(before, self.engine.stats)
+        metrics["engine/prefix_hit_share"] = hit_share(before, self.engine.stats)
         if not self.rollout_only:
             assert self.learner is not None
             self.engine.sync(self.version)  # its memory is the learner's now
@@ -359,7 +357,7 @@ class Trainer:
                 )
                 self.run.db.event("mismatch", step=step, max_abs=gap)
         metrics["step/seconds"] = time.perf_counter() - started
-        metrics["memory/peak_mib"] = _peak_mib()
+        metrics["memory/peak_mib"] = peak_mib()
         with self.run.db.step():
             self.run.db.add_metrics("rl", step, metrics)
             self.run.db.add_trajectories("rl", step, [t for g in groups for t in g.trajectories])
@@ -422,46 +420,19 @@ class Trainer:
 
     def _prompts(self, batch: int, phase: str, step: int | None = None, first: int = 0) -> list[Group]:
         """Rollouts of the phase's batch of prompts number `batch` >= 1, recorded under `step`."""
-        r, count = self.recipe, self.recipe.train.prompts_per_step
-        asked = problems(r, count, (batch - 1) * count, phase)
-        return self._rollout(
-            asked, r.train.samples_per_prompt, r.sampling, phase, batch if step is None else step, first=first
-        )
+        r = self.recipe.train
+        begin, step = (batch - 1) * r.prompts_per_step, batch if step is None else step
+        return self._rollout(Asked(phase, step, begin, r.prompts_per_step, r.samples_per_prompt, first))
 
-    def _rollout(
-        self,
-        problems: list[Problem],
-        samples: int,
-        sampling: Sampling,
-        phase: str,
-        step: int,
-        examples: Sequence[Message] = (),
-        first: int = 0,
-    ) -> list[Group]:
-        r = self.recipe
-        part = 0.0 if phase == "resample" else 0.5 / (len(problems) * samples)
-        return rollout(
-            self.engine,
-            self.loaded.renderer,
-            Plan(
-                r.task,
-                r.env,
-                problems,
-                samples,
-                sampling,
-                seed=(r.seed, PHASES[phase]),
-                step=step,
-                first=first,
-                examples=examples,
-                timeout_s=r.rollout.timeout_s,
-                overlap_tools=r.rollout.overlap_tools,
-                turn_barrier=r.rollout.turn_barrier,
-                max_response_tokens=r.rollout.max_response_tokens,
-                masking=Masking() if phase == "warm_start" else r.rollout,  # there the traces' own turns are imitated
-                progress=lambda t: self.reporter.advance(part, {}),
-                stop=self.interrupt.check,
-            ),
-        )
+    def _rollout(self, asked: Asked) -> list[Group]:
+        part = 0.0 if asked.phase == "resample" else 0.5 / (asked.count * asked.samples)
+        if self.processes is not None:
+            return self.processes.rollout(
+                asked, self.version, progress=lambda: self.reporter.advance(part, {}), stop=self.interrupt.check
+            )
+        plan = plan_of(self.recipe, asked)
+        plan.progress, plan.stop = lambda t: self.reporter.advance(part, {}), self.interrupt.check
+        return rollout(self.engine, self.loaded.renderer, plan)
 
     def _updated(self) -> None:
         """The weights have changed: everyone is told the new version."""
@@ -513,26 +484,3 @@ class Trainer:
             self.saved = self.done
             self.reporter.note(f"resuming {self.run.name} after step {position.step} of '{position.stage}'")
         checkpoint.forget(self.run, [(s.name, s.steps, s.trains) for s in self.stages], self.done)
-
-
-def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
-    """The embedded engine as the recipe sets it."""
-    r = recipe.rollout
-    return TorchEngine(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.context_length,
-        max_batch=r.max_batch,
-        share_prefixes=r.share_prefixes,
-        pack_weights=r.pack_weights,
-    )
-
-
-def _hit_share(before: Any, after: Any) -> float:
-    reused, new = after.reused_tokens - before.reused_tokens, after.prefilled_tokens - before.prefilled_tokens
-    return reused / max(reused + new, 1)
-
-
-def _peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform != "darwin" else peak / 1024**2

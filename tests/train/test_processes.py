@@ -1,0 +1,75 @@
+"""Rollouts by processes give the run that one process gives, bit for bit, also when a process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import ondol
+from ondol.train.processes import ProcessRollouts
+
+pytestmark = pytest.mark.timeout(240)
+
+RECIPE = {
+    "name": "two",
+    "seed": 5,
+    # float64 and one row at a time: then not even the last bit depends on who else is sampled
+    "model": {"path": "tiny:hidden=32,layers=1,context=64", "dtype": "float64"},
+    "task": {"name": "toy:Toy", "calls": False},  # even a random model gets half of it right
+    "env": {"max_turns": 1},
+    "sampling": {"max_tokens": 6},
+    "rollout": {"max_batch": 1},
+    "train": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 4},
+    "method": {"name": "grpo", "kl_coef": 0.0},
+    "evaluate": {"problems": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def outcome(run):
+    trajectories = [t.to_dict() for t in run.db.trajectories(phase="rl")]
+    metrics = {
+        (m.name, m.step): m.value
+        for m in run.db.metrics()
+        if m.name.split("/")[0] in ("score", "loss", "gradient", "policy")
+    }
+    return trajectories, metrics, (run.path / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    with ondol.run(RECIPE, runs=tmp_path / "one") as run:
+        want = outcome(run)
+    assert want[1] and len(want[0]) == 24 and any(t["sampled"] for t in want[0])
+
+    killed = []
+    told = ProcessRollouts._tell
+
+    def tell(self, owner, asked, version, ledger):
+        told(self, owner, asked, version, ledger)
+        if asked.step == 2 and not killed:  # the worker has just been given work
+            killed.append(owner)
+            os.kill(self._workers[owner].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(ProcessRollouts, "_tell", tell)
+    with ondol.run(RECIPE, "rollout.processes=2", runs=tmp_path / "two") as run:
+        found = outcome(run)
+    assert killed and found[0] == want[0] and found[1] == want[1] and found[2] == want[2]
+
+
+def test_weights_reach_the_workers(tmp_path):
+    """What is sampled after an update is sampled with it: versions and log-probs of the learner and the workers agree."""
+    with ondol.run(RECIPE, "rollout.processes=1", "train.steps=3", runs=tmp_path) as run:
+        versions = {t.key[0]: {v for v in t.version if v >= 0} for t in run.db.trajectories(phase="rl")}
+        gaps = [m.value for m in run.db.metrics("mismatch/max_abs")]
+    assert versions[1] == {0} and all(len(v) == 1 for v in versions.values()) and max(versions[3]) >= 1
+    assert max(gaps, default=0.0) < 1e-9
