@@ -149,6 +149,12 @@ class TrainSettings(Part):
     tokens_per_microbatch: int = Field(
         default=1024, ge=1, description="memory of the learner follows this, results do not"
     )
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="batches sampled ahead while the learner works: samples lag behind its weights by at most so many steps; needs rollout.processes",
+    )
     share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
     gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")
     checkpoint_every_steps: int = Field(
@@ -223,6 +229,13 @@ class Recipe(Part):
         if self.train.steps and self.method.minibatches > self.train.prompts_per_step:
             raise ValueError(
                 f"method.minibatches ({self.method.minibatches}) cannot exceed train.prompts_per_step ({self.train.prompts_per_step})"
+            )
+        if self.train.staleness and not self.rollout.processes:
+            raise ValueError("train.staleness samples ahead in other processes: set rollout.processes to at least 1")
+        if self.train.steps and self.train.staleness and self.method.on_policy:
+            raise ValueError(
+                f"{type(self.method).__name__} has no ratio that corrects for samples of older weights: set train.staleness to 0, or take "
+                "a method that has one, such as grpo"
             )
         if self.train.steps and self.sampling.temperature == 0:
             raise ValueError(

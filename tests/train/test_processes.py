@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 import ondol
+from ondol.cli import main
+from ondol.errors import OndolError
 from ondol.train.processes import ProcessRollouts
+from ondol.train.report import Reporter
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -54,9 +57,9 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     killed = []
     told = ProcessRollouts._tell
 
-    def tell(self, owner, asked, version, ledger):
-        told(self, owner, asked, version, ledger)
-        if asked.step == 2 and not killed:  # the worker has just been given work
+    def tell(self, owner, pending):
+        told(self, owner, pending)
+        if pending.asked.step == 2 and not killed:  # the worker has just been given work
             killed.append(owner)
             os.kill(self._workers[owner].pid, signal.SIGKILL)
 
@@ -73,3 +76,39 @@ def test_weights_reach_the_workers(tmp_path):
         gaps = [m.value for m in run.db.metrics("mismatch/max_abs")]
     assert versions[1] == {0} and all(len(v) == 1 for v in versions.values()) and max(versions[3]) >= 1
     assert max(gaps, default=0.0) < 1e-9
+
+
+def test_sampling_ahead(tmp_path):
+    """Staleness is bounded and shown; a run that was stopped and resumed is the run that was not."""
+    steps = ("rollout.processes=1", "train.steps=5", "train.staleness=2", "train.checkpoint_every_steps=2")
+    with ondol.run(RECIPE, *steps, runs=tmp_path / "whole") as run:
+        want = outcome(run)
+        lags = [m.value for m in run.db.metrics("rollout/staleness")]
+        waits = [m.value for m in run.db.metrics("learner/waited_share")]
+    assert lags[0] == 0 and max(lags) == 2 and len(waits) == 5 and all(0 <= w <= 1 for w in waits)
+    versions = {t["key"][0]: max(t["version"]) for t in want[0]}
+    assert versions[1] == versions[2] == versions[3] == 0 < versions[4]
+
+    class Stop(Reporter):
+        def __init__(self):
+            self.steps = 0
+
+        def advance(self, part, values):
+            self.steps += "step/seconds" in values
+            if self.steps == 3:
+                self.steps += 1
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        ondol.run(RECIPE, *steps, runs=tmp_path / "stopped", reporter=Stop())
+    assert main(["resume", "last", "--runs", str(tmp_path / "stopped")]) == 0
+    with ondol.open_run("last", runs=tmp_path / "stopped") as run:
+        found = outcome(run)
+    assert found[0] == want[0] and found[2] == want[2]
+
+
+def test_wrong_settings():
+    with pytest.raises(OndolError, match=r"rollout\.processes"):
+        ondol.load_recipe(RECIPE, ["train.staleness=1"])
+    with pytest.raises(OndolError, match="older weights"):
+        ondol.load_recipe(RECIPE, ["train.staleness=1", "rollout.processes=1", "method.name=rloo"])

@@ -63,11 +63,20 @@ for _entry in (
     Metric("tools/calls_per_trajectory", "calls", "none", "mean tool calls of a trajectory"),
     Metric("tools/error_share", "share", "down", "share of tool calls that failed, whatever the kind"),
     Metric("rollout/tokens_per_s", "tokens/s", "up", "sampled tokens by second of rollout"),
-    Metric("rollout/seconds", "s", "down", "wall time of the step's rollouts"),
+    Metric(
+        "rollout/seconds",
+        "s",
+        "down",
+        "wall time of the step's rollouts; of those begun before it, what was still waited for",
+    ),
+    Metric(
+        "rollout/staleness", "updates", "none", "mean number of updates since the weights that sampled a trajectory"
+    ),
     Metric("rollout/sampled_tokens", "tokens", "none", "tokens the policy sampled in this step"),
     Metric("rollout/turns", "turns", "none", "mean sampled turns of a trajectory"),
     Metric("rollout/response_tokens", "tokens", "none", "mean sampled tokens of a trajectory"),
     Metric("learner/tokens_per_s", "tokens/s", "up", "tokens through the learner by second"),
+    Metric("learner/waited_share", "share", "down", "share of the step that the learner waited for rollouts"),
     Metric("learner/seconds", "s", "down", "wall time of the step's learning"),
     Metric("learner/tokens", "tokens", "none", "tokens that went through the learner, context included"),
     Metric("loss/policy", "", "none", "policy loss; its size says little, its jumps do"),

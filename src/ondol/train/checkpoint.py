@@ -11,6 +11,7 @@ from typing import Any
 from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
 from ondol.models.save import weights
+from ondol.records import Trajectory
 from ondol.store import Run, latest_checkpoint, save_checkpoint
 from ondol.train.learner import Learner
 
@@ -25,8 +26,13 @@ class Position:
     memory: dict[str, Any] = field(default_factory=dict)
 
 
-def save(run: Run, position: Position, loaded: LoadedModel, learner: Learner, keep: int) -> None:
-    """Write a checkpoint; the newest `keep` stay. Raises OndolError (disk full, say) with the older ones untouched."""
+def save(
+    run: Run, position: Position, loaded: LoadedModel, learner: Learner, keep: int, ahead: Sequence[Trajectory] = ()
+) -> None:
+    """Write a checkpoint; the newest `keep` stay. `ahead`: rollouts of later steps, which older weights have sampled.
+
+    Raises OndolError (disk full, say) with the older ones untouched.
+    """
 
     def write(folder: Path) -> None:
         save_tensors(weights(loaded.model), folder / "model.safetensors")
@@ -34,6 +40,8 @@ def save(run: Run, position: Position, loaded: LoadedModel, learner: Learner, ke
         if learner.critic is not None:
             save_tensors(learner.critic.critic.trainable(), folder / "critic.safetensors")
             save_tensors(learner.critic.optimizer.state(), folder / "critic-optimizer.safetensors")
+        if ahead:
+            (folder / "ahead.jsonl").write_text("".join(json.dumps(t.to_dict()) + "\n" for t in ahead))
         (folder / "state.json").write_text(json.dumps(asdict(position)))
 
     save_checkpoint(run.checkpoints, f"{position.stage}-{position.step:06d}", write, keep=keep)
@@ -43,6 +51,12 @@ def latest(run: Run, warn: Callable[[str], None]) -> tuple[Path, Position] | tup
     """The newest whole checkpoint; `warn` hears of damaged ones."""
     path = latest_checkpoint(run.checkpoints, lambda p, why: warn(f"checkpoint {p.name} is damaged ({why}): skipped"))
     return (path, Position(**json.loads((path / "state.json").read_text()))) if path is not None else (None, None)
+
+
+def ahead_of(path: Path) -> list[Trajectory]:
+    """Rollouts of later steps that the checkpoint holds."""
+    file = path / "ahead.jsonl"
+    return [Trajectory.from_dict(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def load_learner(path: Path, learner: Learner) -> None:

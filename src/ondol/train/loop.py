@@ -31,7 +31,7 @@ from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
 from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of
-from ondol.train.processes import ProcessRollouts
+from ondol.train.processes import Ahead, ProcessRollouts
 from ondol.train.prompts import PHASES, order
 from ondol.train.report import Reporter
 from ondol.train.updates import NotFinite
@@ -76,6 +76,7 @@ class Trainer:
         self.dump = read_trajectories(dump) if dump else None
         self.engine = make_engine(recipe, loaded)
         self.processes: ProcessRollouts | None = None
+        self.ahead = Ahead()
         self.learner: Learner | None = None
         self.version = 0
         self.problems = held_out(recipe.task, recipe.evaluate.problems)
@@ -328,13 +329,16 @@ class Trainer:
             if not groups:
                 raise OndolError(f"the dump holds no trajectories of step {step}", f"set train.steps={step - 1}")
         else:
-            groups = self._prompts(step, "rl")
+            groups = self._batch(step)
+        waited = time.perf_counter() - started
         found = Filtered([], groups) if self.rollout_only else self._filtered(groups, step)
         groups = found.sampled
         sampled_in = time.perf_counter() - started
         metrics = r.method.reports(groups) | self._statistics(groups)
         metrics["rollout/seconds"] = sampled_in
         metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in
+        lags = [self.version - max(t.version) for g in groups for t in g.trajectories if t.sampled_tokens]
+        metrics["rollout/staleness"] = sum(lags) / max(len(lags), 1)
         metrics["engine/prefix_hit_share"] = hit_share(before, self.engine.stats)
         if not self.rollout_only:
             assert self.learner is not None
@@ -357,6 +361,8 @@ class Trainer:
                 )
                 self.run.db.event("mismatch", step=step, max_abs=gap)
         metrics["step/seconds"] = time.perf_counter() - started
+        metrics["learner/waited_share"] = waited / metrics["step/seconds"]
+        self.ahead.drop(step)
         metrics["memory/peak_mib"] = peak_mib()
         with self.run.db.step():
             self.run.db.add_metrics("rl", step, metrics)
@@ -418,11 +424,27 @@ class Trainer:
 
     # -- shared -------------------------------------------------------------------------------------------------
 
+    def _batch(self, step: int) -> list[Group]:
+        """The step's rollouts. With staleness those of the next steps begin before it learns."""
+        lag, last = self.recipe.train.staleness, self.recipe.train.steps
+        if not lag:
+            return self._prompts(step, "rl")
+        assert self.processes is not None
+        for later in range(step, min(step + lag, last) + 1):
+            self.ahead.begin(self.processes, self._asked(later, "rl", later, 0), self.version)
+        return self._ahead(step)
+
+    def _ahead(self, step: int, stop: Callable[[], None] | None = None) -> list[Group]:
+        part = 0.5 / (self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt)
+        return self.ahead.finish(step, lambda: self.reporter.advance(part, {}), stop or self.interrupt.check)
+
     def _prompts(self, batch: int, phase: str, step: int | None = None, first: int = 0) -> list[Group]:
         """Rollouts of the phase's batch of prompts number `batch` >= 1, recorded under `step`."""
+        return self._rollout(self._asked(batch, phase, batch if step is None else step, first))
+
+    def _asked(self, batch: int, phase: str, step: int, first: int) -> Asked:
         r = self.recipe.train
-        begin, step = (batch - 1) * r.prompts_per_step, batch if step is None else step
-        return self._rollout(Asked(phase, step, begin, r.prompts_per_step, r.samples_per_prompt, first))
+        return Asked(phase, step, (batch - 1) * r.prompts_per_step, r.prompts_per_step, r.samples_per_prompt, first)
 
     def _rollout(self, asked: Asked) -> list[Group]:
         part = 0.0 if asked.phase == "resample" else 0.5 / (asked.count * asked.samples)
@@ -460,7 +482,14 @@ class Trainer:
             return
         index, step = self.done
         position = Position(self.stages[index].name, step, self.version, self.learner.memory)
-        checkpoint.save(self.run, position, self.loaded, self.learner, self.recipe.train.keep_checkpoints)
+        ahead = [
+            t
+            for later in self.ahead.steps
+            if later > step
+            for g in self._ahead(later, lambda: None)
+            for t in g.trajectories
+        ]
+        checkpoint.save(self.run, position, self.loaded, self.learner, self.recipe.train.keep_checkpoints, ahead)
         self.saved = self.done
 
     def _restore(self) -> None:
@@ -473,6 +502,7 @@ class Trainer:
             self._begin(self.stages[index], fresh=False)
             assert self.learner is not None
             checkpoint.load_learner(path, self.learner)
+            self.ahead.restore(checkpoint.ahead_of(path))
             self.learner.memory = position.memory
             if position.stage == "rl" and not position.memory and self.run.db.meta("method/memory", False):
                 self.reporter.warn(
