@@ -71,8 +71,11 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def hidden(model: nn.Module, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    """Last hidden states [N, width] (after the final norm) of a flat batch: ids [N], positions [N]."""
-    base = causal_lm(model)
+    """Last hidden states [N, width] (after the final norm) of a flat batch: ids [N], positions [N].
+
+    A model that was not switched yet is: with attention of its own it would take the flat batch for one sequence.
+    """
+    base = causal_lm(prepare(model))
     out = base.get_decoder()(
         input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, ondol_attend=attend
     )
