@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ondol.engines.base import Sampling
-from ondol.engines.torch import TorchEngine
 from ondol.envs.tool import ToolEnv
 from ondol.models.load import load_model
 from ondol.papers.slow_tools import SteadyEngine, said
@@ -29,26 +28,6 @@ def steady(count: int = 12, calls: int = 3, step_s: float = 0.002) -> tuple[Any,
         overlap_tools=True,
     )
     return engine, renderer, plan
-
-
-def sampled(count: int = 6) -> tuple[Any, Any, Plan]:
-    """A random model in the embedded engine, one row at a time, so that company cannot move a last bit."""
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    loaded = load_model("tiny:hidden=32,layers=1,context=256")
-    task = ToolSums()
-    engine = TorchEngine(loaded.model, loaded.tokenizer, loaded.context_length, max_batch=1)
-    plan = Plan(
-        task,
-        ToolEnv(max_turns=1, system=""),
-        [task.problem(i) for i in range(count)],
-        1,
-        Sampling(max_tokens=24),
-        (3, 0),
-    )
-    return engine, loaded.renderer, plan
 
 
 def broken() -> tuple[Any, Any, Plan]:

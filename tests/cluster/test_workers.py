@@ -54,11 +54,6 @@ def blank(key: tuple[int, int, int] = (0, 0, 0), turns: int = 0) -> Trajectory:
     return Trajectory(key, Problem("", "", ""), [turns], 0, [False], [False], [0.0], [-1])
 
 
-def test_the_same_as_in_one_process():
-    found = run_job("jobs:sampled", workers=2, at_once=2)
-    assert content(found.groups) == alone("jobs:sampled") and found.lost == found.again == 0
-
-
 def test_a_killed_and_a_frozen_worker_lose_nothing(tmp_path):
     job = 'jobs:steady?{"count": 16, "step_s": 0.01}'
     said, done = [], {"killed": False, "frozen": None}

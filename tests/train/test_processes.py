@@ -66,16 +66,11 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     monkeypatch.setattr(ProcessRollouts, "_tell", tell)
     with ondol.run(RECIPE, "rollout.processes=2", runs=tmp_path / "two") as run:
         found = outcome(run)
-    assert killed and found[0] == want[0] and found[1] == want[1] and found[2] == want[2]
-
-
-def test_weights_reach_the_workers(tmp_path):
-    """What is sampled after an update is sampled with it: versions and log-probs of the learner and the workers agree."""
-    with ondol.run(RECIPE, "rollout.processes=1", "train.steps=3", runs=tmp_path) as run:
-        versions = {t.key[0]: {v for v in t.version if v >= 0} for t in run.db.trajectories(phase="rl")}
+        versions = {t.key[0]: set(t.version) - {-1} for t in run.db.trajectories(phase="rl")}
         gaps = [m.value for m in run.db.metrics("mismatch/max_abs")]
-    assert versions[1] == {0} and all(len(v) == 1 for v in versions.values()) and max(versions[3]) >= 1
-    assert max(gaps, default=0.0) < 1e-9
+    # what is sampled after an update is sampled with it, and the learner finds the workers' log-probs again
+    assert versions[1] == {0} and min(versions[2]) >= 1 and max(gaps, default=0.0) < 1e-9
+    assert killed and found[0] == want[0] and found[1] == want[1] and found[2] == want[2]
 
 
 def test_sampling_ahead(tmp_path):
@@ -84,8 +79,8 @@ def test_sampling_ahead(tmp_path):
     with ondol.run(RECIPE, *steps, runs=tmp_path / "whole") as run:
         want = outcome(run)
         lags = [m.value for m in run.db.metrics("rollout/staleness")]
-        waits = [m.value for m in run.db.metrics("learner/waited_share")]
-    assert lags[0] == 0 and max(lags) == 2 and len(waits) == 5 and all(0 <= w <= 1 for w in waits)
+        waits = [m.value for m in run.db.metrics("learner/waited_seconds")]
+    assert lags[0] == 0 and max(lags) == 2 and len(waits) == 5 and all(w >= 0 for w in waits)
     versions = {t["key"][0]: max(t["version"]) for t in want[0]}
     assert versions[1] == versions[2] == versions[3] == 0 < versions[4]
 

@@ -76,7 +76,7 @@ for _entry in (
     Metric("rollout/turns", "turns", "none", "mean sampled turns of a trajectory"),
     Metric("rollout/response_tokens", "tokens", "none", "mean sampled tokens of a trajectory"),
     Metric("learner/tokens_per_s", "tokens/s", "up", "tokens through the learner by second"),
-    Metric("learner/waited_share", "share", "down", "share of the step that the learner waited for rollouts"),
+    Metric("learner/waited_seconds", "s", "down", "how long the learner waited for the step's rollouts"),
     Metric("learner/seconds", "s", "down", "wall time of the step's learning"),
     Metric("learner/tokens", "tokens", "none", "tokens that went through the learner, context included"),
     Metric("loss/policy", "", "none", "policy loss; its size says little, its jumps do"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import re
 from collections.abc import Sequence
@@ -106,7 +107,11 @@ def decoded(data: str) -> Image:
     from PIL import Image as Pillow
 
     try:
-        with Pillow.open(io.BytesIO(base64.b64decode(data)), formats=["PNG", "JPEG", "GIF", "WEBP"]) as opened:
+        raw = base64.b64decode(data)
+        with contextlib.suppress(ValueError):  # a PNG file is kept as it is
+            if (found := Image.of(raw)).width * found.height <= _MAX_PIXELS:
+                return found
+        with Pillow.open(io.BytesIO(raw), formats=["PNG", "JPEG", "GIF", "WEBP"]) as opened:
             if opened.width * opened.height > _MAX_PIXELS:
                 raise ValueError(f"a picture of {opened.width}x{opened.height} pixels is too large")
             return Image.of(png_of(opened.convert("RGB")))

@@ -361,7 +361,7 @@ class Trainer:
                 )
                 self.run.db.event("mismatch", step=step, max_abs=gap)
         metrics["step/seconds"] = time.perf_counter() - started
-        metrics["learner/waited_share"] = waited / metrics["step/seconds"]
+        metrics["learner/waited_seconds"] = waited
         self.ahead.drop(step)
         metrics["memory/peak_mib"] = peak_mib()
         with self.run.db.step():
