@@ -59,7 +59,7 @@ reproduce: $(VENV)/.dev
 	$(BIN)/python -m ondol.sandbox.escapes -o results/isolation.json
 	$(BIN)/python -m ondol.sandbox.judge_trial -o results/code-judge.json
 	$(BIN)/python results/worlds.py
-	for id in $$($(BIN)/ondol papers --running); do $(BIN)/ondol reproduce $$id --seeds 3 || exit 1; done
+	for id in $$($(BIN)/python -c 'from ondol.papers.base import RUNNING; print(*RUNNING)'); do $(BIN)/ondol reproduce $$id --seeds 3 || exit 1; done
 
 bench: $(VENV)/.runtime
 	@test -x bench/.venv/bin/python || $(PYTHON) -m venv bench/.venv

@@ -89,7 +89,7 @@ def run_job(
     """
     started = time.monotonic()
     _, _, plan = load_job(job)
-    keys = [(plan.first + p, s) for p in range(len(plan.problems)) for s in range(plan.samples)]
+    keys = plan.keys
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         place.mkdir(parents=True, exist_ok=True)
@@ -126,10 +126,7 @@ def run_job(
         finally:
             crew.stop()
             ledger.close()
-    size = plan.samples
-    ordered = [done[key] for key in keys]
-    groups = [Group(p, ordered[i * size : (i + 1) * size]) for i, p in enumerate(plan.problems)]
-    return Finished(groups, again, crew.lost, time.monotonic() - started)
+    return Finished(plan.grouped([done[key] for key in keys]), again, crew.lost, time.monotonic() - started)
 
 
 class _Crew:

@@ -25,9 +25,9 @@ from ondol.engines.base import Completion, Sampling
 from ondol.engines.chat_api import Asked, BadRequest, Dialogue
 from ondol.envs.base import Env, StepResult
 from ondol.errors import OndolError
-from ondol.records import Finish, Message, Problem, ToolCall
+from ondol.records import Finish, Message, Problem
 from ondol.tasks.base import Task
-from ondol.tools.calls import CallStyle
+from ondol.tools.calls import CallStyle, Json
 from ondol.tools.speaker import Speaker
 
 _END_S = 5.0  # for a program to end when it is told to
@@ -75,20 +75,12 @@ class ProgramEnv(Env):
         return _Episode(self, task, problem, trajectory_id, renderer, examples)
 
 
-class _Calls:
+class _Calls(Json):
     """Calls in the family's own JSON, and the agent's own stops."""
 
     def __init__(self, renderer: Any, stop: tuple[str, ...]) -> None:
-        self.renderer, self.stop = renderer, (*stop, *renderer.call_stop)
-
-    def parse(self, text: str) -> list[ToolCall]:
-        return self.renderer.parse_calls(text)
-
-    def show(self, call: ToolCall) -> str:
-        return self.renderer.call_text(call)
-
-    def result(self, result: Any, name: str) -> str:
-        return result.text
+        super().__init__(renderer)
+        self.stop = (*stop, *self.stop)
 
 
 class _Episode:

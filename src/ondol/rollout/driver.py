@@ -78,6 +78,16 @@ class Plan:
     progress: Callable[[Trajectory], None] = field(default=lambda t: None)
     stop: Callable[[], None] = field(default=lambda: None)
 
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """(problem, sample) of every trajectory, in order."""
+        return [(self.first + p, s) for p in range(len(self.problems)) for s in range(self.samples)]
+
+    def grouped(self, done: Sequence[Trajectory]) -> list[Group]:
+        """The trajectories of `keys` as groups, one a problem."""
+        size = self.samples
+        return [Group(p, list(done[i * size : (i + 1) * size])) for i, p in enumerate(self.problems)]
+
 
 def rollout(engine: Engine, renderer: Any, plan: Plan) -> list[Group]:
     """Run the plan; one group a problem, in order, each with `samples` trajectories in order.
@@ -106,7 +116,7 @@ class Rollout:
 
     async def run(self) -> list[Group]:
         plan = self.plan
-        keys = [(plan.first + p, s) for p in range(len(plan.problems)) for s in range(plan.samples)]
+        keys = plan.keys
         self.away = len(keys)
         tasks = [asyncio.create_task(self._episode(plan.problems[p - plan.first], p, s)) for p, s in keys]
         try:
@@ -118,8 +128,7 @@ class Rollout:
             await asyncio.gather(*tasks, return_exceptions=True)
             for p, s in keys:
                 self.engine.release(self._id(p, s))
-        size = plan.samples
-        return [Group(p, done[i * size : (i + 1) * size]) for i, p in enumerate(plan.problems)]
+        return plan.grouped(done)
 
     async def _drive(self, over: Callable[[], bool]) -> None:
         """Step the engine until it is `over`: all episodes are done, say."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ondol.cluster.ledger import Key, Ledger
+from ondol.cluster.ledger import Ledger
 from ondol.cluster.workers import who_waits, work_on
 from ondol.errors import OndolError
 from ondol.models.load import LoadedModel, load_model
@@ -47,11 +47,6 @@ class Pending:
     plan: Plan
     path: Path
     ledger: Ledger
-
-    @property
-    def keys(self) -> list[Key]:
-        p = self.plan
-        return [(p.first + i, s) for i in range(len(p.problems)) for s in range(p.samples)]
 
 
 class ProcessRollouts:
@@ -91,7 +86,7 @@ class ProcessRollouts:
         self._calls += 1
         path = self.folder / f"episodes-{self._calls}.sqlite"
         pending = Pending(asked, version, plan_of(self.recipe, asked), path, Ledger(path, "parent", _LEASE_S))
-        pending.ledger.add(pending.keys)
+        pending.ledger.add(pending.plan.keys)
         self._open.append(pending)
         for owner in self._workers:
             self._tell(owner, pending)
@@ -101,7 +96,7 @@ class ProcessRollouts:
         self, pending: Pending, *, progress: Callable[[], None] = lambda: None, stop: Callable[[], None] = lambda: None
     ) -> list[Group]:
         """Wait until they are done. `progress` is called once for each trajectory; raise in `stop` to give up waiting."""
-        keys, ledger, told, moved = pending.keys, pending.ledger, 0, time.monotonic()
+        keys, ledger, told, moved = pending.plan.keys, pending.ledger, 0, time.monotonic()
         while (counts := ledger.counts())["done"] < len(keys):
             stop()
             for _ in range(counts["done"] - told):
@@ -115,10 +110,9 @@ class ProcessRollouts:
             time.sleep(_LOOK_S)
         for _ in range(len(keys) - told):
             progress()
-        done, size = ledger.results(), pending.plan.samples
+        done = ledger.results()
         self._forget(pending)
-        ordered = [done[key] for key in keys]
-        return [Group(p, ordered[i * size : (i + 1) * size]) for i, p in enumerate(pending.plan.problems)]
+        return pending.plan.grouped([done[key] for key in keys])
 
     def rollout(
         self,
