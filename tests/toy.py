@@ -7,6 +7,7 @@ from random import Random
 
 from pydantic import Field
 
+from ondol.methods.grpo import GRPO
 from ondol.records import Problem
 from ondol.tasks.base import Task
 
@@ -46,3 +47,13 @@ class Toy(Task):
 
 class NoTask:
     """Not a task at all."""
+
+
+class OneNaN(GRPO):
+    """The loss of one trajectory's tokens is not a number."""
+
+    bad: int = Field(default=0, description="which trajectory of the step")
+
+    def token_loss(self, x):
+        loss, reports = super().token_loss(x)
+        return loss.where(x.sequence != self.bad, float("nan")), reports

@@ -49,6 +49,11 @@ class RolloutSettings(Masking):
         le=256,
         description="training rollouts by so many processes beside this one, each with a thread and the model; 0: here",
     )
+    cluster: str | None = Field(
+        default=None,
+        description="the processes are workers on a Ray cluster: 'local' (one begun here), 'auto' (the one that runs), or its address, such as "
+        "ray://head:10001",
+    )
     overlap_tools: bool = Field(
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )
@@ -155,6 +160,20 @@ class TrainSettings(Part):
         le=64,
         description="batches sampled ahead while the learner works: samples lag behind its weights by at most so many steps; needs rollout.processes",
     )
+    learners: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes on this machine that share each update's micro-batches; under torchrun: as many as it has started",
+    )
+    off_policy: Literal["ratio", "decoupled"] = Field(
+        default="ratio",
+        description="samples of older weights: corrected for by the method's own ratio, or decoupled (arXiv 2505.24298): the ratio is taken to the "
+        "weights that the step begins with, and what lies between those and the ones that sampled weighs each token",
+    )
+    importance_cap: float = Field(
+        default=2.0, ge=1, description="decoupled: most that a token is weighted with (truncated importance sampling)"
+    )
     share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
     gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")
     checkpoint_every_steps: int = Field(
@@ -230,12 +249,15 @@ class Recipe(Part):
             raise ValueError(
                 f"method.minibatches ({self.method.minibatches}) cannot exceed train.prompts_per_step ({self.train.prompts_per_step})"
             )
+        if self.rollout.cluster is not None and not self.rollout.processes:
+            raise ValueError("rollout.cluster needs workers: set rollout.processes to their number")
         if self.train.staleness and not self.rollout.processes:
             raise ValueError("train.staleness samples ahead in other processes: set rollout.processes to at least 1")
-        if self.train.steps and self.train.staleness and self.method.on_policy:
+        coupled = self.train.off_policy == "ratio"
+        if self.train.steps and self.train.staleness and self.method.on_policy and coupled:
             raise ValueError(
-                f"{type(self.method).__name__} has no ratio that corrects for samples of older weights: set train.staleness to 0, or take "
-                "a method that has one, such as grpo"
+                f'{type(self.method).__name__} has no ratio that corrects for samples of older weights: set train.off_policy to "decoupled", or '
+                "train.staleness to 0, or take a method that has one, such as grpo"
             )
         if self.train.steps and self.sampling.temperature == 0:
             raise ValueError(

@@ -180,12 +180,19 @@ def test_train_from_a_run_and_from_its_export(capsys) -> None:
 
 def test_a_plug_in_task_from_a_folder(tmp_path, monkeypatch, capsys) -> None:
     """A file beside the recipe, named as "module:Class"; its run says so and can be read back."""
-    (tmp_path / "my_task.py").write_text(
+    (tmp_path / "task_of_a_folder.py").write_text(
         "from toy import Toy\n\n\nclass Mine(Toy):\n    extra: int = 3\n\n"
         "    def score(self, problem, response):\n        return super().score(problem, response + 'x' * self.extra)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    argv = ("train", "small.toml", "--runs", str(tmp_path / "runs"), "--set", 'task={name="my_task:Mine",extra=4}')
+    argv = (
+        "train",
+        "small.toml",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--set",
+        'task={name="task_of_a_folder:Mine",extra=4}',
+    )
     found = document(capsys, *argv, "--set", "train.steps=1")
     from ondol.recipe import load_recipe
 

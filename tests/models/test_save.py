@@ -185,7 +185,7 @@ def test_wrong_checkpoints_change_nothing(tiny_families, tmp_path):
             load_weights(model, file)
 
     refused({k: v for k, v in good.items() if k != norm}, f"only the model has '{norm}'")
-    refused({**good, "a": torch.zeros(1)}, "only the file has 'a'")
+    refused({**good, "a": torch.zeros(1)}, "only it has 'a'")
     refused({**good, norm: torch.zeros(63)}, r"is \[63\] torch.float32, the model's is \[64\]")
     refused({**good, norm: good[norm].half()}, "float16")
     save_file(good, file)

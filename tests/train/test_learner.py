@@ -81,7 +81,7 @@ def learner_of(family: str = "llama", rate: float = 1e-3, **settings) -> Learner
 
 def gradient(learner: Learner, batches, loss=loss_fn) -> tuple[float, dict[str, torch.Tensor]]:
     learner.optimizer.zero()
-    _, value = learner.gradient(batches, loss)
+    value = learner.gradient(batches, loss).loss
     return value, {n: p.grad.clone() for n, p in learner.model.named_parameters()}
 
 

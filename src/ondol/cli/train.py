@@ -87,6 +87,11 @@ class ConsoleReporter(Reporter):
 
 
 def run(args: Namespace) -> int:
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun: the first process leads, the others learn as it tells them
+        from ondol.train.parallel import follow
+
+        follow()
+        return 0
     console = Console(stderr=args.json)
     return _resume(args, console) if args.command == "resume" else _start(args, console)
 

@@ -19,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ondol.cluster.ledger import Claimed, Key, Ledger
+from ondol.cluster.ledger import Bookkeeping, Claimed, Key, Ledger
 from ondol.errors import OndolError
 from ondol.records import Group, Trajectory
 from ondol.rollout.driver import Plan, Rollout
@@ -177,7 +178,7 @@ class _Crew:
             process.wait(timeout=30)
 
 
-def who_waits(counts: dict[str, int], ledger: Ledger, workers: Iterable[str]) -> str:
+def who_waits(counts: dict[str, int], ledger: Bookkeeping, workers: Iterable[str]) -> str:
     """A sentence for a person who wonders why nothing moves."""
     holders = ledger.holders()
     said = [f"{owner} has {n} episodes, its last sign {ago:.0f} s ago" for owner, (n, ago) in holders.items()]
@@ -190,7 +191,7 @@ def who_waits(counts: dict[str, int], ledger: Ledger, workers: Iterable[str]) ->
 class _Worker(Rollout):
     """Takes episodes as it has room, until none is left."""
 
-    def __init__(self, engine: Any, renderer: Any, plan: Plan, ledger: Ledger, at_once: int) -> None:
+    def __init__(self, engine: Any, renderer: Any, plan: Plan, ledger: Bookkeeping, at_once: int) -> None:
         self.begun: dict[tuple[int, int, int], Trajectory] = {}
         self.ours: dict[Key, asyncio.Task[Trajectory]] = {}
         super().__init__(engine, renderer, replace(plan, recorded=self.begun, saved=self._save))
@@ -235,14 +236,14 @@ class _Worker(Rollout):
             self.ours[key].cancel()  # we were taken for lost, and another has it
 
 
-def work_on(engine: Any, renderer: Any, plan: Plan, path: Path, owner: str, at_once: int, lease_s: float) -> None:
-    """Work on the episodes of a ledger until none is left, with a heartbeat beside it."""
-    ledger = Ledger(path, owner, lease_s)
+def work_on(engine: Any, renderer: Any, plan: Plan, ledger: Callable[[], Bookkeeping], at_once: int) -> None:
+    """Work on the episodes of a ledger until none is left, with a heartbeat beside it. `ledger` opens this worker's view of it."""
+    mine = ledger()
     over, parent = threading.Event(), os.getppid()
 
     def beat() -> None:
-        beating = Ledger(path, owner, lease_s)
-        while not over.wait(min(lease_s / 3, 1.0)):
+        beating = ledger()
+        while not over.wait(min(beating.lease_s / 3, 1.0)):
             beating.renew()
             if os.getppid() != parent:  # nobody waits for us any more
                 os._exit(1)
@@ -251,15 +252,15 @@ def work_on(engine: Any, renderer: Any, plan: Plan, path: Path, owner: str, at_o
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()
     try:
-        asyncio.run(_Worker(engine, renderer, plan, ledger, at_once).work())
+        asyncio.run(_Worker(engine, renderer, plan, mine, at_once).work())
     finally:
         over.set()
         heart.join(timeout=10)
-        ledger.close()
+        mine.close()
 
 
 def main(job: str, path: str, owner: str, at_once: int, lease_s: float) -> None:
-    work_on(*load_job(job), Path(path), owner, at_once, lease_s)
+    work_on(*load_job(job), partial(Ledger, Path(path), owner, lease_s), at_once)
 
 
 if __name__ == "__main__":

@@ -105,13 +105,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Inverse of `weights`: put the tensors of a safetensors file into the model, exactly, in place.
-
-    Raises OndolError, before anything is changed, when the file is missing or damaged, or when its names, shapes or
-    dtypes are not those of `weights(model)`.
-    """
+    """Put the tensors of a safetensors file into the model, see `put_weights`. Raises OndolError also when it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -119,16 +114,27 @@ def load_weights(model: nn.Module, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as e:
         raise OndolError(f"the weights {path} cannot be read: {e}", "use an earlier checkpoint") from e
+    put_weights(model, stored, str(path))
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, stored: dict[str, Tensor], source: str) -> None:
+    """Inverse of `weights`: put these tensors into the model, exactly, in place. `source` says whose they are.
+
+    Raises OndolError, before anything is changed, when their names, shapes or dtypes are not those of `weights(model)`.
+    """
     live = weights(model)
     remedy = "load the model with the settings (path, dtype, LoRA) that this checkpoint was made with"
     if stored.keys() != live.keys():
         odd = sorted(stored.keys() ^ live.keys())
-        where = "the file" if odd[0] in stored else "the model"
-        raise OndolError(f"{path} does not fit the model: {len(odd)} names differ; only {where} has '{odd[0]}'", remedy)
+        where = "it" if odd[0] in stored else "the model"
+        raise OndolError(
+            f"{source} does not fit the model: {len(odd)} names differ; only {where} has '{odd[0]}'", remedy
+        )
     for name, value in stored.items():
         if value.shape != live[name].shape or value.dtype != live[name].dtype:
             has, wants = (f"{list(t.shape)} {t.dtype}" for t in (value, live[name]))
-            raise OndolError(f"{path} does not fit the model: '{name}' is {has}, the model's is {wants}", remedy)
+            raise OndolError(f"{source} does not fit the model: '{name}' is {has}, the model's is {wants}", remedy)
     # not through `live`, whose tensors may be contiguous copies
     for name, target in model.state_dict().items():
         if name in stored:

@@ -28,6 +28,7 @@ class Credit:
         group: [N] which group; rewards: [N] as the method shaped them; counted: [N] whether it counts in the loss.
         advantages: N numbers, or N tensors with one number per trained token.
         values, returns: N tensors, one number per trained token; None without a critic.
+        factors: N lists, what each trained token's weight in the loss is multiplied with; None for 1.
     """
 
     trajectories: list[Trajectory]
@@ -37,6 +38,7 @@ class Credit:
     advantages: list[float] | list[Tensor]
     values: list[Tensor] | None = None
     returns: list[Tensor] | None = None
+    factors: list[list[float]] | None = None
 
     def touched(self, i: int) -> bool:
         """Whether trajectory `i` has an advantage other than zero and counts, with any of its tokens."""
@@ -83,7 +85,7 @@ class Credit:
             self.trajectories[i],
             i,
             a.tolist() if isinstance(a, Tensor) else a,
-            weight,
+            weight if self.factors is None else [weight * f for f in self.factors[i]],
             self.group[i],
             float(self.rewards[i]),
             listed(self.values),

@@ -18,6 +18,7 @@ from ondol.methods.base import ActorCritic, Method, TokenInputs
 from ondol.records import Batch, Group, Trajectory
 from ondol.train.credit import credit
 from ondol.train.logprobs import log_probs
+from ondol.train.off_policy import correct, is_stale
 from ondol.train.packing import Sequence_
 from ondol.train.updates import Updater
 
@@ -25,11 +26,15 @@ _FAR = 20.0  # log-ratios are held within this for a metric: e^20 is far enough
 
 
 class Learner(Updater):
-    """Learns from rollouts with a method, or by imitation. `memory` is the method's own, see `Scored.memory`."""
+    """Learns from rollouts with a method, or by imitation. `memory` is the method's own, see `Scored.memory`.
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    With an `importance_cap` samples of older weights are corrected for as `ondol.train.off_policy` says; without, by the method's own ratio.
+    """
+
+    def __init__(self, *args: Any, importance_cap: float | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.memory: dict[str, Any] = {}
+        self.importance_cap = importance_cap
 
     # -- reinforcement learning ---------------------------------------------------------------------------------
 
@@ -44,6 +49,13 @@ class Learner(Updater):
         critic = method if isinstance(method, ActorCritic) else None
         found = credit(method.keep(groups) if kept is None else kept, method, memory, critic and self.values)
         found.trajectories = self._with_old_logp(found.trajectories)
+        corrected = None
+        if self.importance_cap is not None:
+            stale = [is_stale(t, self.version) for t in found.trajectories]
+            corrected = correct(
+                found.trajectories, self._logp_now(found.trajectories, stale), self.version, self.importance_cap
+            )
+            found.trajectories, found.factors = corrected.trajectories, corrected.factors
         updates, skipped = [], 0
         for _ in range(method.epochs):
             for members in found.updates(method.minibatches):
@@ -59,6 +71,7 @@ class Learner(Updater):
         metrics = _summary(updates)
         tokens = sum(u["learner/tokens"] for u in updates)
         metrics |= found.metrics(sum(len(g.trajectories) for g in groups))
+        metrics |= corrected.reports if corrected is not None else {}
         if critic is not None:
             metrics["value/explained_variance"] = found.explained_variance(found.monte_carlo(critic))
         metrics |= {
@@ -72,18 +85,27 @@ class Learner(Updater):
     def _with_old_logp(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The same, with log-probs also of tokens that are trained and were not sampled: the present weights', as those of
         sampled tokens are those of the weights that sampled them. Observations, that is, where they are not masked."""
-        out = list(trajectories)
-        odd = [i for i, t in enumerate(out) if any(a and not b for a, b in zip(t.trained, t.sampled))]
+        odd = [any(a and not b for a, b in zip(t.trained, t.sampled)) for t in trajectories]
+        out = []
+        for t, now in zip(trajectories, self._logp_now(trajectories, odd)):
+            if now is not None:
+                now = [old if s else new for s, old, new in zip(t.sampled, t.logp, now)]
+            out.append(t if now is None else dataclasses.replace(t, logp=now))
+        return out
+
+    def _logp_now(self, trajectories: Sequence[Trajectory], wanted: Sequence[bool]) -> list[list[float] | None]:
+        """Log-probs under the present weights of the wanted trajectories' sampled and trained tokens, 0 for the others; one per entry of `ids`."""
+        out: list[list[float] | None] = [None] * len(trajectories)
+        chosen = [Sequence_(t, i, 0.0, 0.0) for i, t in enumerate(trajectories) if wanted[i]]
         with torch.no_grad():
-            for batch in self.pack([Sequence_(out[i], i, 0.0, 0.0) for i in odd]):
+            for batch in self.pack(chosen):
                 self.stop()
                 logp = log_probs(self.model, batch.to(self.device))[0].double().cpu()
                 for i in batch.sequence.unique().tolist():
-                    t, mine = out[i], iter(logp[batch.sequence == i].tolist())
+                    t, mine = trajectories[i], iter(logp[batch.sequence == i].tolist())
                     first = max(t.prompt_length, 1)
-                    now = [next(mine) if s or a else 0.0 for s, a in zip(t.sampled[first:], t.trained[first:])]
-                    mixed = [old if s else new for s, old, new in zip(t.sampled[first:], t.logp[first:], now)]
-                    out[i] = dataclasses.replace(t, logp=t.logp[:first] + mixed)
+                    has = [k >= first and (s or a) for k, (s, a) in enumerate(zip(t.sampled, t.trained))]
+                    out[i] = [next(mine) if h else 0.0 for h in has]
         return out
 
     def _constant(self, batches: Sequence[Batch], method: Method) -> Tensor | None:
@@ -150,7 +172,7 @@ class Learner(Updater):
                 batches = self.pack(found.sequences(members, method))
                 if not batches:
                     continue
-                work = partial(self.value_gradient, batches, method)
+                work = partial(self.value_gradient, method)
                 totals, norms, rates = self.update([self._critic.optimizer], batches, work)
                 updates.append(totals.metrics() | {"value/gradient_norm": norms[0], "learning_rate": rates[0]})
         return {

@@ -24,14 +24,13 @@ from ondol.rollout.statistics import statistics
 from ondol.store import Run
 from ondol.train import checkpoint
 from ondol.train.checkpoint import Position
-from ondol.train.critic import CriticLearner
 from ondol.train.dump import groups_of, read_trajectories
+from ondol.train.executor import Ahead, Executor
 from ondol.train.filters import Filtered, filtered, is_hopeless
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
-from ondol.train.optimizer import Optimizer
+from ondol.train.parallel import Crew, build, world
 from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of
-from ondol.train.processes import Ahead, ProcessRollouts
 from ondol.train.prompts import PHASES, order
 from ondol.train.report import Reporter
 from ondol.train.updates import NotFinite
@@ -75,8 +74,9 @@ class Trainer:
         self.rollout_only = rollout_only
         self.dump = read_trajectories(dump) if dump else None
         self.engine = make_engine(recipe, loaded)
-        self.processes: ProcessRollouts | None = None
+        self.processes: Executor | None = None
         self.ahead = Ahead()
+        self.crew: Crew | None = None
         self.learner: Learner | None = None
         self.version = 0
         self.problems = held_out(recipe.task, recipe.evaluate.problems)
@@ -96,12 +96,13 @@ class Trainer:
                     self.run.add_facts({"tools": tools})
                 if self.dump is not None:
                     check_tokens(self.loaded, self.dump, "the dump")
+                if max(self.recipe.train.learners, world()) > 1:
+                    self.crew = Crew(self.recipe, self.loaded, self.recipe.train.learners)
                 self._restore()
                 if self.recipe.evaluate.problems and not self.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
-                if count := self.recipe.rollout.processes:
-                    self.processes = ProcessRollouts(self.recipe, self.loaded, count, say=self.reporter.warn)
+                self.processes = self._executor()
                 for index, stage in enumerate(self.stages):
                     if index >= self.done[0]:
                         self._run_stage(index, stage)
@@ -132,6 +133,9 @@ class Trainer:
             if self.processes is not None:
                 self.processes.close()
                 self.processes = None
+            if self.crew is not None:
+                self.crew.close()
+                self.crew = None
         self.run.state = "finished"
         return "finished"
 
@@ -199,21 +203,11 @@ class Trainer:
     def _begin(self, stage: Stage, fresh: bool) -> None:
         """A training stage starts (`fresh`) or goes on: an optimiser, and the reference it may need."""
         r = self.recipe
-        settings = r.optimizer
-        if stage.name == "sft" and r.warm_start is not None:
-            settings = settings.model_copy(update={"learning_rate": r.warm_start.learning_rate})
         critic = self.learner.critic if self.learner is not None else None
-        if isinstance(r.method, ActorCritic) and stage.name in ("value", "rl") and critic is None:
-            critic = CriticLearner(self.loaded.model, r.method.critic, r.optimizer, r.method.critic_learning_rate)
-        self.learner = Learner(
-            self.loaded.model,
-            Optimizer(self.loaded.model, settings),
-            tokens_per_microbatch=r.train.tokens_per_microbatch,
-            share_prompts=r.train.share_prompts,
-            gradient_checkpointing=r.train.gradient_checkpointing,
-            critic=critic,
-            stop=self._stop_learning,
-        )
+        if self.crew is not None:
+            self.learner = self.crew.learner(stage.name, critic, stop=self._stop_learning)
+        else:
+            self.learner = build(r, self.loaded, stage.name, critic, Learner, stop=self._stop_learning)
         self._tell_version()
         if stage.name == "rl" and r.method.needs_reference:
             path = self.run.path / "reference.safetensors"
@@ -423,6 +417,19 @@ class Trainer:
         self._evaluate("rl", step, lambda part, values: None)
 
     # -- shared -------------------------------------------------------------------------------------------------
+
+    def _executor(self) -> Executor | None:
+        """Who plays the rollouts of training; None: this process."""
+        r = self.recipe.rollout
+        if not r.processes:
+            return None
+        if r.cluster is not None:
+            from ondol.train.on_ray import RayRollouts
+
+            return RayRollouts(self.recipe, self.loaded, r.processes, say=self.reporter.warn)
+        from ondol.train.processes import ProcessRollouts
+
+        return ProcessRollouts(self.recipe, self.loaded, r.processes, say=self.reporter.warn)
 
     def _batch(self, step: int) -> list[Group]:
         """The step's rollouts. With staleness those of the next steps begin before it learns."""

@@ -18,7 +18,7 @@ class Sequence_:
     Attributes:
         index: names it in the whole step.
         advantage: a number, or one per trained token [L].
-        weight: of each trained token in the loss.
+        weight: of each trained token in the loss: a number, or one per trained token [L].
         group: names its group in the whole step.
         reward: as the method shaped it.
         value, returns: [L] for critics; None without one.
@@ -27,7 +27,7 @@ class Sequence_:
     trajectory: Trajectory
     index: int
     advantage: float | Sequence[float]
-    weight: float
+    weight: float | Sequence[float]
     group: int = 0
     reward: float = 0.0
     value: Sequence[float] | None = None
@@ -138,7 +138,7 @@ def _batch(families: list[list[Sequence_]], share: bool) -> Batch:
                             s.reward,
                             _at(s.value, k),
                             _at(s.returns, k),
-                            s.weight if t.trained[at] else 0.0,
+                            0.0 if k is None else s.weight if isinstance(s.weight, (int, float)) else _at(s.weight, k),
                         )
                     )
                     count += t.trained[at]

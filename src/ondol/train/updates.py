@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from ondol.train.critic import CriticLearner
 from ondol.train.logprobs import log_probs, log_probs_of, target_states
 from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_, pack
-
-_T = TypeVar("_T")
 
 #: (logp [T], batch, reference log-probs [T] or None), all of the T trained targets only -> loss [T], per-token reports
 LossFn = Callable[[Tensor, Batch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
@@ -47,12 +45,13 @@ class NotFinite(OndolError):
 
 @dataclass
 class Totals:
-    """Sums over the trained targets of an update."""
+    """Sums over the trained targets of an update; `loss` is the weighted one."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     targets: int = 0
     tokens: int = 0
+    loss: float = 0.0
 
     def add(self, name: str, values: Tensor) -> None:
         if name.endswith("_max"):
@@ -65,11 +64,37 @@ class Totals:
         self.targets += int(batch.trained.sum())
         self.tokens += len(batch.ids)
 
+    @classmethod
+    def together(cls, parts: Iterable[Totals]) -> Totals:
+        """Of an update whose micro-batches were shared out."""
+        out = cls()
+        for part in parts:
+            for name, value in part.sums.items():
+                out.sums[name] = out.sums[name] + value if name in out.sums else value
+            for name, value in part.maxima.items():
+                out.maxima[name] = torch.maximum(out.maxima[name], value) if name in out.maxima else value
+            out.targets += part.targets
+            out.tokens += part.tokens
+            out.loss += part.loss
+        return out
+
     def metrics(self) -> dict[str, float]:
         """Means over the trained targets, maxima, and the tokens that it took."""
         out = {name: float(v) / max(self.targets, 1) for name, v in self.sums.items()}
         out |= {name: float(v) for name, v in self.maxima.items()}
         return out | {"learner/tokens": float(self.tokens)}
+
+
+class Team(Protocol):
+    """Processes that make one update together; see `ondol.train.parallel`."""
+
+    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches that are this process's."""
+        ...
+
+    def combine(self, optimizers: Sequence[Optimizer], totals: Totals) -> Totals:
+        """Sum the gradients over all processes, in place; everybody's totals together."""
+        ...
 
 
 class Updater:
@@ -83,6 +108,7 @@ class Updater:
         gradient_checkpointing: trade compute for memory.
         critic: for methods that need one.
         stop: called between micro-batches; raise in it to give up the update (nothing is changed then).
+        team: those who share the micro-batches of each update; None: all are done here.
     """
 
     def __init__(
@@ -95,7 +121,9 @@ class Updater:
         gradient_checkpointing: bool = False,
         critic: CriticLearner | None = None,
         stop: Callable[[], None] = lambda: None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team
         self.model, self.optimizer, self.stop = forward.prepare(model), optimizer, stop
         self.tokens_per_microbatch, self.share_prompts = tokens_per_microbatch, share_prompts
         self.reference: nn.Module | None = None
@@ -117,15 +145,13 @@ class Updater:
     def pack(self, sequences: Sequence[Sequence_], *, whole_groups: bool = False) -> list[Batch]:
         return pack(sequences, self.tokens_per_microbatch, share_prompts=self.share_prompts, whole_groups=whole_groups)
 
-    def gradient(
-        self, batches: Sequence[Batch], loss_fn: LossFn, method: ActorCritic | None = None
-    ) -> tuple[Totals, float]:
-        """Accumulate the gradient of sum(weight * loss) over all micro-batches; the totals and that sum.
+    def gradient(self, batches: Sequence[Batch], loss_fn: LossFn, method: ActorCritic | None = None) -> Totals:
+        """Accumulate the gradient of sum(weight * loss) over the micro-batches.
 
         With a `method` the critic's gradient is accumulated as well, into its own optimiser's parameters; where the trunk
         is shared, the policy's gradient has the value loss in it, times `value_coef`.
         """
-        totals, loss_sum = Totals(), 0.0
+        totals = Totals()
         for batch in batches:
             self.stop()
             batch = batch.to(self.device)
@@ -153,7 +179,7 @@ class Updater:
             self.optimizer.collect()
             if method is not None:
                 self._critic.optimizer.collect()
-            loss_sum += loss.item()
+            totals.loss += loss.item()
             with torch.no_grad():
                 totals.add("policy/entropy", entropy[trained])
                 for name, values in reports.items():
@@ -164,30 +190,32 @@ class Updater:
                 totals.add("mismatch/abs_max", gap)
                 totals.add("_own", own.to(gap.dtype))
             totals.count(batch)
-        return totals, loss_sum
+        return totals
 
     def apply(self, batches: Sequence[Batch], loss_fn: LossFn, method: ActorCritic | None = None) -> dict[str, float]:
         """One optimiser update. Raises NotFinite, with nothing changed, when the loss or a gradient is not finite."""
         optimizers = [self.optimizer] if method is None else [self.optimizer, self._critic.optimizer]
-        (totals, loss), norms, rates = self.update(optimizers, batches, lambda: self.gradient(batches, loss_fn, method))
+        totals, norms, rates = self.update(optimizers, batches, lambda mine: self.gradient(mine, loss_fn, method))
         own = float(totals.sums.pop("_own", torch.zeros(())))
         mismatch = {"mismatch/max_abs": float(totals.maxima.pop("mismatch/abs_max", 0.0))}
         mismatch["mismatch/mean_abs"] = float(totals.sums.pop("mismatch/mean_abs", 0.0)) / max(own, 1)
         out = totals.metrics()
-        out |= {"loss": loss, "gradient/norm": norms[0], "learning_rate": rates[0]}
+        out |= {"loss": totals.loss, "gradient/norm": norms[0], "learning_rate": rates[0]}
         if method is not None:
             out["value/gradient_norm"] = norms[1]
         # with nothing here that was sampled by the weights being trained there is nothing to compare
         return out | mismatch if own else out
 
     def update(
-        self, optimizers: Sequence[Optimizer], batches: Sequence[Batch], gradient: Callable[[], _T]
-    ) -> tuple[_T, list[float], list[float]]:
+        self, optimizers: Sequence[Optimizer], batches: Sequence[Batch], gradient: Callable[[Sequence[Batch]], Totals]
+    ) -> tuple[Totals, list[float], list[float]]:
         """Gradients, and a step of each optimiser, all or none: (what `gradient` gives, norms, learning rates)."""
         for optimizer in optimizers:
             optimizer.zero()
         try:
-            found = gradient()
+            found = gradient(batches if self.team is None else self.team.share(batches))
+            if self.team is not None:
+                found = self.team.combine(optimizers, found)
             norms = [optimizer.gradient_norm() for optimizer in optimizers]
             if not all(bool(torch.isfinite(norm)) for norm in norms):
                 raise NotFinite("the gradient is not finite", batches[-1] if batches else None)
@@ -219,7 +247,7 @@ class Updater:
         totals.add("value/loss", losses.detach())
         return loss
 
-    def value_gradient(self, batches: Sequence[Batch], method: ActorCritic) -> Totals:
+    def value_gradient(self, method: ActorCritic, batches: Sequence[Batch]) -> Totals:
         """Accumulate the gradient of the value loss alone, for the critic's optimiser."""
         totals = Totals()
         for batch in batches:

@@ -1,0 +1,222 @@
+"""Who plays the rollouts of training: this process, processes beside it, or a Ray cluster, with the same trajectories.
+
+An executor's workers have the model and an engine of their own. For every call they load the weights of that version, take episodes from a ledger and play them
+(`ondol.cluster.workers`). A worker that dies is replaced, and its episodes go on from their last turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ondol.cluster.ledger import Bookkeeping
+from ondol.cluster.workers import who_waits, work_on
+from ondol.errors import OndolError
+from ondol.models.load import LoadedModel, load_model
+from ondol.recipe import Recipe
+from ondol.records import Group, Trajectory
+from ondol.rollout.driver import Plan
+from ondol.train.dump import groups_of
+from ondol.train.plans import Asked, make_engine, plan_of
+
+_LOOK_S = 0.02
+_TELL_S = 60.0  # without progress, until it is said who waits for whom
+LEASE_S = 60.0  # a step of a large model on a busy machine may take a while
+
+
+@dataclasses.dataclass
+class Pending:
+    """Rollouts that were asked for and may be under way. `number` is the call's."""
+
+    number: int
+    asked: Asked
+    version: int
+    plan: Plan
+    ledger: Bookkeeping
+
+
+class Executor(ABC):
+    """Plays a recipe's rollouts with several workers. Close it.
+
+    Args:
+        loaded: the model that is trained here; its weights are given to the workers whenever their version is new.
+        count: of workers;  replacements: how many of them may be lost.
+        threads: torch threads of each.
+        say: told of lost workers and of who waits for whom.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        loaded: LoadedModel,
+        count: int,
+        *,
+        threads: int = 1,
+        replacements: int = 8,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.recipe, self.loaded, self.threads, self.replacements, self.say = recipe, loaded, threads, replacements, say
+        self.lost = self._made = self._calls = 0
+        self._version: int | None = None
+        self._open: list[Pending] = []
+        for _ in range(count):
+            self._start(self._name())
+
+    # -- what an executor of some kind has of its own ---------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def workers(self) -> Sequence[str]:
+        """Names of those that are thought to be alive."""
+
+    @abstractmethod
+    def _start(self, owner: str) -> None:
+        """Have a worker of this name."""
+
+    @abstractmethod
+    def _tell(self, owner: str, pending: Pending) -> None:
+        """Give a worker these rollouts to do after those that it was given before. One that is gone hears nothing."""
+
+    @abstractmethod
+    def _gone(self) -> list[tuple[str, str]]:
+        """(name, why) of those that have ended since it was last asked."""
+
+    @abstractmethod
+    def _ledger(self, number: int) -> Bookkeeping:
+        """A new one."""
+
+    @abstractmethod
+    def _publish(self, version: int, wanted: set[int]) -> None:
+        """Make the weights as they are now reachable for the workers as `version`; forget those that are not wanted."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the workers."""
+
+    # -- what is the same for all -----------------------------------------------------------------------------------
+
+    def begin(self, asked: Asked, version: int) -> Pending:
+        """Have the workers begin, with the weights as they are now, which are `version`. What was begun before comes first."""
+        if self._version != version:
+            self._publish(version, {version, *(p.version for p in self._open)})
+            self._version = version
+        self._calls += 1
+        pending = Pending(self._calls, asked, version, plan_of(self.recipe, asked), self._ledger(self._calls))
+        pending.ledger.add(pending.plan.keys)
+        self._open.append(pending)
+        for owner in self.workers:
+            self._tell(owner, pending)
+        return pending
+
+    def finish(
+        self, pending: Pending, *, progress: Callable[[], None] = lambda: None, stop: Callable[[], None] = lambda: None
+    ) -> list[Group]:
+        """Wait until they are done. `progress` is called once for each trajectory; raise in `stop` to give up waiting."""
+        keys, ledger, told, moved = pending.plan.keys, pending.ledger, 0, time.monotonic()
+        while (counts := ledger.counts())["done"] < len(keys):
+            stop()
+            for _ in range(counts["done"] - told):
+                progress()
+            if counts["done"] > told:
+                told, moved = counts["done"], time.monotonic()
+            if time.monotonic() - moved > _TELL_S:
+                self.say(who_waits(counts, ledger, self.workers))
+                moved = time.monotonic()
+            self._replace_lost()
+            time.sleep(_LOOK_S)
+        for _ in range(len(keys) - told):
+            progress()
+        done = ledger.results()
+        self._open.remove(pending)
+        ledger.close()
+        return pending.plan.grouped([done[key] for key in keys])
+
+    def rollout(
+        self,
+        asked: Asked,
+        version: int,
+        *,
+        progress: Callable[[], None] = lambda: None,
+        stop: Callable[[], None] = lambda: None,
+    ) -> list[Group]:
+        """As `ondol.rollout.driver.rollout` of `plan_of(recipe, asked)` with the weights of `version`."""
+        return self.finish(self.begin(asked, version), progress=progress, stop=stop)
+
+    def _name(self) -> str:
+        self._made += 1
+        return f"w{self._made - 1}"
+
+    def _replace_lost(self) -> None:
+        for owner, why in self._gone():
+            self.lost += 1
+            freed = sum(pending.ledger.release(owner) for pending in self._open)
+            self.say(f"rollout worker {owner} ended ({why}); {freed} episodes go on elsewhere")
+            if self.lost > self.replacements:
+                raise OndolError(
+                    f"{self.lost} rollout workers were lost; the last: {why}", "set rollout.processes to 0 to see more"
+                )
+            fresh = self._name()
+            self._start(fresh)
+            for pending in self._open:
+                self._tell(fresh, pending)
+
+
+class Worker:
+    """What a worker holds, wherever it runs: the model and an engine over it."""
+
+    def __init__(self, recipe: Recipe, model_path: str, owner: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        m = recipe.model
+        self.recipe, self.owner = recipe, owner
+        self.loaded = load_model(model_path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
+        self.engine: Any = make_engine(recipe, self.loaded)
+        self.version: int | None = None
+
+    def play(self, asked: Asked, version: int, load: Callable[[Any], None], ledger: Callable[[], Bookkeeping]) -> None:
+        """Work on a call's episodes until none is left. `load` puts the weights of `version` into a model."""
+        if version != self.version:
+            load(self.loaded.model)
+            self.version = version
+        self.engine.sync(version)  # with an empty cache, as the parent's engine begins a step
+        plan = plan_of(self.recipe, asked)
+        at_once = max(1, min(self.recipe.rollout.max_batch, len(plan.problems) * plan.samples))
+        work_on(self.engine, self.loaded.renderer, plan, ledger, at_once)
+
+
+class Ahead:
+    """Rollouts of steps to come: begun, or done, and kept until their step has learned from them."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Pending | list[Group]] = {}
+        self._by: Executor | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._found)
+
+    def begin(self, by: Executor, asked: Asked, version: int) -> None:
+        """Begin a step's rollouts, unless they are under way or here already."""
+        if asked.step not in self._found:
+            self._by = by
+            self._found[asked.step] = by.begin(asked, version)
+
+    def finish(self, step: int, progress: Callable[[], None], stop: Callable[[], None]) -> list[Group]:
+        """A step's rollouts, waiting for them if need be; see `Executor.finish`."""
+        found = self._found[step]
+        if isinstance(found, Pending):
+            assert self._by is not None
+            found = self._found[step] = self._by.finish(found, progress=progress, stop=stop)
+        return found
+
+    def drop(self, step: int) -> None:
+        self._found.pop(step, None)
+
+    def restore(self, trajectories: Sequence[Trajectory]) -> None:
+        """Those that a checkpoint holds."""
+        for step in sorted({t.key[0] for t in trajectories}):
+            self._found[step] = groups_of(t for t in trajectories if t.key[0] == step)

@@ -1,0 +1,221 @@
+"""Rollouts of training by workers on a Ray cluster. Ray is an extra: pip install 'ondol[ray]'.
+
+Weights travel through Ray's object store. The ledger is kept by an actor on this process's node, so that it is there as long as the run is; workers see it through that.
+A worker that is killed, or whose node is, is replaced where there is room; one that freezes loses its episodes when its lease ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ondol.cluster.ledger import Claimed, Key, Ledger
+from ondol.errors import OndolError
+from ondol.models.load import LoadedModel
+from ondol.models.save import put_weights, weights
+from ondol.recipe import Recipe, load_recipe, to_table
+from ondol.records import Trajectory
+from ondol.train.executor import LEASE_S, Executor, Pending, Worker
+from ondol.train.plans import Asked
+
+_ANSWER_S = 60.0  # for the ledger's actor
+_START_S = 300.0  # for a worker to have loaded its model: a cluster may first have to start a node
+_STORE_MIB = 256  # least object store of a cluster begun here, beside room for three versions of the weights
+
+
+class Keeper:
+    """The actor that keeps the ledgers of all calls."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ondol-ledgers-")
+        self._open: dict[tuple[int, str], Ledger] = {}
+
+    def do(self, number: int, owner: str, lease_s: float, what: str, *args: Any) -> Any:
+        """Call a method of a ledger, as its owner would."""
+        key = (number, owner)
+        if key not in self._open:
+            self._open[key] = Ledger(Path(self._folder.name) / f"episodes-{number}.sqlite", owner, lease_s)
+        return getattr(self._open[key], what)(*args)
+
+    def forget(self, number: int) -> None:
+        """A call is over."""
+        for key in [k for k in self._open if k[0] == number]:
+            self._open.pop(key).close()
+        for gone in Path(self._folder.name).glob(f"episodes-{number}.*"):
+            gone.unlink(missing_ok=True)
+
+
+class KeptLedger:
+    """A ledger of the keeper's, as `owner` sees it; see `ondol.cluster.ledger.Ledger`."""
+
+    def __init__(self, keeper: Any, number: int, owner: str, lease_s: float = LEASE_S) -> None:
+        self.keeper, self.number, self.owner, self.lease_s = keeper, number, owner, lease_s
+
+    def _ask(self, what: str, *args: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(self.keeper.do.remote(self.number, self.owner, self.lease_s, what, *args), timeout=_ANSWER_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+            raise OndolError(
+                f"the ledger of the rollouts does not answer: {_first_line(e)}",
+                "go on from the last checkpoint with: ondol resume last",
+            ) from e
+
+    def add(self, keys: Iterable[Key]) -> None:
+        self._ask("add", list(keys))
+
+    def claim(self, most: int) -> list[Claimed]:
+        return self._ask("claim", most)
+
+    def renew(self) -> int:
+        return self._ask("renew")
+
+    def save(self, key: Key, t: Trajectory) -> bool:
+        return self._ask("save", key, t)
+
+    def finish(self, key: Key, t: Trajectory) -> bool:
+        return self._ask("finish", key, t)
+
+    def release(self, owner: str) -> int:
+        return self._ask("release", owner)
+
+    def counts(self) -> dict[str, int]:
+        return self._ask("counts")
+
+    def holders(self) -> dict[str, tuple[int, float]]:
+        return self._ask("holders")
+
+    def results(self) -> dict[Key, Trajectory]:
+        return self._ask("results")
+
+    def close(self) -> None:
+        if self.owner == "parent":
+            self.keeper.forget.remote(self.number)
+
+
+class RayWorker:
+    """The actor that plays rollouts."""
+
+    def __init__(self, table: dict[str, Any], owner: str, threads: int) -> None:
+        recipe = load_recipe(table)
+        self.owner = owner
+        self.worker = Worker(recipe, recipe.model.path, owner, threads)
+
+    def play(self, asked: Asked, version: int, state: bytes, keeper: Any, number: int) -> None:
+        from safetensors.torch import load
+
+        def put(model: Any) -> None:
+            put_weights(model, load(state), f"version {version}")
+
+        self.worker.play(asked, version, put, partial(KeptLedger, keeper, number, self.owner))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class RayRollouts(Executor):
+    """Workers are actors of a Ray cluster: the recipe's `rollout.cluster`."""
+
+    def __init__(self, recipe: Recipe, loaded: LoadedModel, count: int, **settings: Any) -> None:
+        ray = _ray()
+        self._ours = not ray.is_initialized()  # a cluster that somebody else is connected to stays
+        if self._ours:
+            _connect(ray, recipe.rollout.cluster or "local", count, loaded)
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        )
+        self.ray = ray
+        self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._actors: dict[str, Any] = {}
+        self._jobs: dict[str, list[Any]] = {}
+        self._states: dict[int, Any] = {}
+        super().__init__(recipe, loaded, count, **settings)
+
+    @property
+    def workers(self) -> Sequence[str]:
+        return list(self._actors)
+
+    def _start(self, owner: str) -> None:
+        on_gpu = self.recipe.model.device.startswith("cuda")
+        kind = self.ray.remote(RayWorker).options(num_cpus=self.threads, num_gpus=1 if on_gpu else 0, name=None)
+        self._actors[owner] = kind.remote(to_table(self.recipe), owner, self.threads)
+        self._jobs[owner] = [self._actors[owner].pid.remote()]
+
+    def _tell(self, owner: str, pending: Pending) -> None:
+        state = self._states[pending.version]
+        job = self._actors[owner].play.remote(pending.asked, pending.version, state, self._keeper, pending.number)
+        self._jobs[owner].append(job)
+
+    def _gone(self) -> list[tuple[str, str]]:
+        out = []
+        for owner, jobs in list(self._jobs.items()):
+            ready, self._jobs[owner] = self.ray.wait(jobs, num_returns=len(jobs), timeout=0) if jobs else ([], [])
+            for job in ready:
+                try:
+                    self.ray.get(job, timeout=_ANSWER_S)
+                except self.ray.exceptions.RayError as e:
+                    self.ray.kill(self._actors[owner])
+                    del self._actors[owner], self._jobs[owner]
+                    out.append((owner, _first_line(e)))
+                    break
+        return out
+
+    def _ledger(self, number: int) -> KeptLedger:
+        return KeptLedger(self._keeper, number, "parent")
+
+    def _publish(self, version: int, wanted: set[int]) -> None:
+        from safetensors.torch import save
+
+        state = {k: v.cpu() for k, v in weights(self.loaded.model).items()}
+        self._states[version] = self.ray.put(save(state))
+        for old in set(self._states) - wanted:
+            del self._states[old]
+
+    def close(self) -> None:
+        for actor in (*self._actors.values(), self._keeper):
+            self.ray.kill(actor)
+        self._actors, self._jobs, self._states = {}, {}, {}
+        if self._ours:
+            self.ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as e:
+        raise OndolError("rollout.cluster needs Ray, which is not installed", "pip install 'ondol[ray]'") from e
+    return ray
+
+
+def _connect(ray: Any, address: str, count: int, loaded: LoadedModel) -> None:
+    """Connect to a cluster, or begin one here."""
+    # workers find what this process finds: plug-ins by reference are looked for in the same places
+    paths = os.pathsep.join(dict.fromkeys(p for p in (*sys.path, os.environ.get("PYTHONPATH", "")) if p))
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        size = sum(v.numel() * v.element_size() for v in weights(loaded.model).values())
+        settings |= {
+            "address": "local",
+            "num_cpus": max(count, os.cpu_count() or 1),
+            "include_dashboard": False,
+            "object_store_memory": 3 * size + _STORE_MIB * 2**20,
+            "runtime_env": {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+        }
+    else:
+        settings["address"] = address
+    try:
+        ray.init(**settings)
+    except Exception as e:  # whatever Ray raises: nothing there, another version, no room
+        remedy = "give 'local' to begin one here, or start one with: ray start --head"
+        raise OndolError(f"no connection to the Ray cluster '{address}': {_first_line(e)}", remedy) from e
+
+
+def _first_line(e: BaseException) -> str:
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
