@@ -160,6 +160,10 @@ class TrainSettings(Part):
         le=64,
         description="batches sampled ahead while the learner works: samples lag behind its weights by at most so many steps; needs rollout.processes",
     )
+    in_flight: bool = Field(
+        default=False,
+        description="with staleness: rollouts that are under way take up new weights between two tokens, and go on. Not exactly repeatable",
+    )
     learners: int = Field(
         default=1,
         ge=1,
@@ -251,6 +255,10 @@ class Recipe(Part):
             )
         if self.rollout.cluster is not None and not self.rollout.processes:
             raise ValueError("rollout.cluster needs workers: set rollout.processes to their number")
+        if self.train.in_flight and not self.train.staleness:
+            raise ValueError(
+                "train.in_flight is for rollouts that go on while the learner works: set train.staleness to at least 1"
+            )
         if self.train.staleness and not self.rollout.processes:
             raise ValueError("train.staleness samples ahead in other processes: set rollout.processes to at least 1")
         coupled = self.train.off_policy == "ratio"

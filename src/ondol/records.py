@@ -199,7 +199,12 @@ class Trajectory:
             self.logp_truncated += [0.0] * n
 
     def act(
-        self, turn: Turn, ids: Sequence[int], logp: Sequence[float], logp_truncated: Sequence[float], version: int
+        self,
+        turn: Turn,
+        ids: Sequence[int],
+        logp: Sequence[float],
+        logp_truncated: Sequence[float],
+        versions: Sequence[int],
     ) -> None:
         """Append a sampled turn, which begins where the tokens so far end."""
         start, n = len(self.ids), len(ids)
@@ -207,7 +212,7 @@ class Trajectory:
         self.sampled += [True] * n
         self.trained += [True] * n
         self.logp += logp
-        self.version += [version] * n
+        self.version += versions
         if logp_truncated:
             self.logp_truncated += [0.0] * (start - len(self.logp_truncated)) + list(logp_truncated)
         self.turns.append(turn)

@@ -207,6 +207,42 @@ def test_one_turn_at_a_time_of_a_session():
     assert len(drain(e)["a"].ids) == 5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pack", [True, False])
+def test_weights_that_change_in_the_middle_of_turns(family, pack):
+    """Turns go on; each token's log-prob is its own version's of everything before it, whoever shares the cache."""
+    model, tokenizer = exact(family)
+    e = TorchEngine(model, tokenizer, CONTEXT, max_batch=4, prefill_tokens=32, pack_weights=pack)
+    requests = [Request(str(i), p, Sampling(max_tokens=16), (i,)) for i, p in enumerate(prompts(7, longest=70))]
+    for request in requests:
+        e.submit(request)
+
+    def plain():
+        made = copy.deepcopy(model)
+        made.set_attn_implementation("sdpa")
+        return made
+
+    versions, done = {0: plain()}, {}
+    for version in (1, 2):
+        for _ in range(9):
+            done |= {c.session: c for c in e.step()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.03)
+        versions[version] = plain()
+        e.renew(version)
+    done |= drain(e)
+    assert len(done) == 7 and any(len(set(c.token_versions)) > 1 for c in done.values())
+    for request in requests:
+        c = done[request.session]
+        assert len(c.ids) == len(c.token_versions) == 16 and c.token_versions == sorted(c.token_versions)
+        ids = torch.tensor([[*request.ids, *c.ids]])
+        with torch.no_grad():  # transformers' own forward pass, all tokens at once
+            want = {v: m(ids).logits[0, :-1].log_softmax(-1)[-16:] for v, m in versions.items()}
+        got = [float(want[v][i, token]) for i, (v, token) in enumerate(zip(c.token_versions, c.ids))]
+        assert c.logp == pytest.approx(got, abs=1e-8)
+
+
 def test_sync_forgets_what_old_weights_computed():
     model, tokenizer = exact()
     e = TorchEngine(model, tokenizer, CONTEXT)

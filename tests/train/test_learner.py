@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -17,48 +16,14 @@ from ondol.errors import OndolError
 from ondol.methods.grpo import GRPO
 from ondol.models.tiny import make_tiny
 from ondol.recipe import OptimizerSettings
-from ondol.records import Group, Problem, Trajectory
+from ondol.records import Group, Trajectory
 from ondol.train.credit import credit
 from ondol.train.learner import Learner
 from ondol.train.logprobs import _Head, log_probs
 from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_, pack
 from ondol.train.updates import NotFinite, dump_batch
-
-TEMPERATURE = 0.8
-
-
-def trajectories(seed: int = 0, prompts: int = 3, samples: int = 4) -> list[Trajectory]:
-    """Groups with a prompt each; sampled turns, observations between, some sampled tokens that are not trained."""
-    rng = random.Random(seed)
-    out = []
-    begun = [
-        rng.randrange(4, 99) for _ in range(rng.randint(0, 6))
-    ]  # all prompts begin alike, as with a system message
-    for p in range(prompts):
-        prompt = begun + [rng.randrange(4, 99) for _ in range(rng.randint(3, 20))]
-        for s in range(samples):
-            ids, sampled, trained = list(prompt), [False] * len(prompt), [False] * len(prompt)
-            for turn in range(rng.randint(1, 3)):
-                for kind in (True, False) if turn < 2 else (True,):
-                    n = rng.randint(1, 8)
-                    ids += [rng.randrange(4, 99) for _ in range(n)]
-                    sampled += [kind] * n
-                    trained += [kind and rng.random() < 0.85 for _ in range(n)]
-            t = Trajectory(
-                (0, p, s),
-                Problem(str(p), "q", "a"),
-                ids,
-                len(prompt),
-                sampled,
-                trained,
-                [-4 * rng.random() if k else 0.0 for k in sampled],
-                [0 if k else -1 for k in sampled],
-                temperature=TEMPERATURE,
-            )
-            t.reward = t.score = float(rng.random() < 0.5)
-            out.append(t)
-    return out
+from train_data import TEMPERATURE, trajectories
 
 
 def sequences(ts: list[Trajectory], method: GRPO | None = None) -> list[Sequence_]:

@@ -72,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     recipe(c)
     root(c)
     c.add_argument("--rollout-only", action="store_true", help="sample and record trajectories; change no weights")
+    c.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="rollouts by workers on a Ray cluster: 'local' (begun here), 'auto' (the one that runs) or ray://HOST:10001; "
+        "their number is rollout.processes (default: 2)",
+    )
     c.add_argument("--from-dump", metavar="FILE|RUN", help="train on recorded trajectories instead of sampling")
 
     c = command("resume", "train", "go on with a run that was stopped or killed", "ondol resume last")

@@ -14,7 +14,7 @@ from rich.text import Text
 from ondol.cli._common import load, print_json, runs_root
 from ondol.errors import OndolError
 from ondol.evaluate import ladder
-from ondol.recipe import Recipe, load_recipe, to_table
+from ondol.recipe import Recipe, load_recipe, read_table, to_table
 from ondol.records import Trajectory
 from ondol.store import Run
 from ondol.train.report import Reporter
@@ -100,7 +100,13 @@ def _start(args: Namespace, console: Console) -> int:
     """A new run. Its folder is made last: a mistake in the recipe, the dump or the model leaves none behind."""
     if args.rollout_only and args.from_dump:
         raise OndolError("--rollout-only samples and --from-dump does not", "give one of them")
-    recipe = load_recipe(args.recipe, args.set)
+    settings = list(args.set)
+    if args.cluster:
+        settings.append(f"rollout.cluster={args.cluster}")
+        if not any(s.startswith("rollout.processes=") for s in settings):
+            found = read_table(args.recipe).get("rollout", {}).get("processes", 0)
+            settings.append(f"rollout.processes={found or 2}")
+    recipe = load_recipe(args.recipe, settings)
     recipe.task.check(4)
     recipe.env.facts()  # what it requires of this machine
     dump = _dump(args)

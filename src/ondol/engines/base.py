@@ -63,6 +63,7 @@ class Request:
 class Completion:
     """One sampled turn: lists have one entry per new token. `logp` and `logp_truncated` as in `Trajectory`.
 
+    `version` is that of the weights it began with; where they changed in the middle (`TorchEngine.renew`), `versions` has one for each token.
     `seconds` is how long the engine worked on it, without waiting for a free place.
     """
 
@@ -76,6 +77,12 @@ class Completion:
     error: str = ""
     cached_tokens: int = 0
     seconds: float = 0.0
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The version of the weights that sampled each token."""
+        return self.versions or [self.version] * len(self.ids)
 
 
 @dataclass

@@ -118,6 +118,17 @@ class TorchEngine:
         if self._packed is not None:
             self._packed.free()
 
+    def renew(self, version: int) -> None:
+        """The weights have changed, and turns under way go on with the new ones: what they hold is computed again with those (nothing is
+        sampled again), so that each token's log-prob is its own version's of all that came before it."""
+        for row in self._rows.values():
+            row.cached = 0
+            if row.out is not None and version != self.version:
+                row.out.versions = row.out.token_versions
+        self.version = version
+        if self._packed is not None:
+            self._packed.free()
+
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         started = time.perf_counter()
@@ -273,6 +284,8 @@ class TorchEngine:
         row.tokens.append(token)
         out.ids.append(token)
         out.logp.append(logp)
+        if out.versions or out.version != self.version:
+            out.versions.append(self.version)
         if logp_truncated is not None:
             out.logp_truncated.append(logp_truncated)
         if token in request.end_ids:

@@ -292,7 +292,7 @@ class Rollout:
         """Append a sampled turn; the assistant message it amounts to."""
         calls: list[ToolCall] = self.style.parse(done.text) if self.style else []
         turn = Turn(len(t.ids), len(t.ids) + len(done.ids), done.text, done.finish, calls)
-        t.act(turn, done.ids, done.logp, done.logp_truncated, done.version)
+        t.act(turn, done.ids, done.logp, done.logp_truncated, done.token_versions)
         return t.messages[-1]
 
 
@@ -334,8 +334,17 @@ def _said_before(recorded: Trajectory | None, t: Trajectory, session: str) -> Co
             "only environments that repeat themselves can be resumed",
         )
     truncated = recorded.logp_truncated[span] if recorded.logp_truncated else []
-    version = recorded.version[turn.start] if turn.end > turn.start else 0
-    return Completion(session, recorded.ids[span], recorded.logp[span], truncated, turn.text, turn.finish, version)
+    versions = recorded.version[span]
+    return Completion(
+        session,
+        recorded.ids[span],
+        recorded.logp[span],
+        truncated,
+        turn.text,
+        turn.finish,
+        version=versions[0] if versions else 0,
+        versions=versions,
+    )
 
 
 def _why_over(truncated: bool, action: Message) -> StopReason:

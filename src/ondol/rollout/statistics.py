@@ -65,3 +65,13 @@ def _answers(groups: Sequence[Group], answer_class: Callable[[Problem, str], str
 
 def _right(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return [t for t in trajectories if t.score >= 1.0]
+
+
+def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How far the weights have come, to `version`, since they sampled these."""
+    used = [{v for v, s in zip(t.version, t.sampled) if s} for g in groups for t in g.trajectories if t.sampled_tokens]
+    count = max(len(used), 1)
+    return {
+        "rollout/staleness": sum(version - min(u) for u in used) / count,
+        "rollout/switched_share": sum(len(u) > 1 for u in used) / count,
+    }

@@ -56,7 +56,7 @@ class Episode:
         turn = Turn(
             len(self.trajectory.ids), len(self.trajectory.ids) + len(done.ids), done.text, done.finish, list(said.calls)
         )
-        self.trajectory.act(turn, done.ids, done.logp, done.logp_truncated, done.version)
+        self.trajectory.act(turn, done.ids, done.logp, done.logp_truncated, done.token_versions)
         self.dialogue.take([said.message()], anew=False)
         self.ended, self.finish = done.finish is Finish.END, done.finish
 

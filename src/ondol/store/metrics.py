@@ -70,7 +70,20 @@ for _entry in (
         "wall time of the step's rollouts; of those begun before it, what was still waited for",
     ),
     Metric(
-        "rollout/staleness", "updates", "none", "mean number of updates since the weights that sampled a trajectory"
+        "rollout/staleness",
+        "updates",
+        "none",
+        "mean number of updates since the weights that sampled a trajectory's oldest token",
+    ),
+    Metric("rollout/switched_share", "share", "none", "trajectories that more than one version of the weights sampled"),
+    Metric("off_policy/stale_share", "share", "none", "trained tokens that older weights sampled"),
+    Metric("off_policy/weight", "", "none", "mean weight of those, present weights over those that sampled, capped"),
+    Metric("off_policy/capped_share", "share", "down", "how many of those weights were capped"),
+    Metric(
+        "off_policy/kl",
+        "nats",
+        "none",
+        "k1 estimate of the divergence of the weights that sampled from the present ones",
     ),
     Metric("rollout/sampled_tokens", "tokens", "none", "tokens the policy sampled in this step"),
     Metric("rollout/turns", "turns", "none", "mean sampled turns of a trajectory"),

@@ -24,6 +24,7 @@ from ondol.train.plans import Asked, make_engine, plan_of
 
 _LOOK_S = 0.02
 _TELL_S = 60.0  # without progress, until it is said who waits for whom
+_NEWEST_S = 0.2  # between two looks for newer weights
 LEASE_S = 60.0  # a step of a large model on a busy machine may take a while
 
 
@@ -96,13 +97,18 @@ class Executor(ABC):
     def close(self) -> None:
         """End the workers."""
 
+    def announce(self, version: int) -> None:
+        """New weights, for what is under way as well: workers of a recipe with `train.in_flight` take them up between two tokens."""
+        if self._version != version:
+            # the one before as well: a worker may just have decided to load it
+            self._publish(version, {version, version - 1, *(p.version for p in self._open)})
+            self._version = version
+
     # -- what is the same for all -----------------------------------------------------------------------------------
 
     def begin(self, asked: Asked, version: int) -> Pending:
         """Have the workers begin, with the weights as they are now, which are `version`. What was begun before comes first."""
-        if self._version != version:
-            self._publish(version, {version, *(p.version for p in self._open)})
-            self._version = version
+        self.announce(version)
         self._calls += 1
         pending = Pending(self._calls, asked, version, plan_of(self.recipe, asked), self._ledger(self._calls))
         pending.ledger.add(pending.plan.keys)
@@ -177,13 +183,41 @@ class Worker:
         self.engine: Any = make_engine(recipe, self.loaded)
         self.version: int | None = None
 
-    def play(self, asked: Asked, version: int, load: Callable[[Any], None], ledger: Callable[[], Bookkeeping]) -> None:
-        """Work on a call's episodes until none is left. `load` puts the weights of `version` into a model."""
+    def play(
+        self,
+        asked: Asked,
+        version: int,
+        load: Callable[[Any, int], None],
+        ledger: Callable[[], Bookkeeping],
+        newest: Callable[[], int],
+    ) -> None:
+        """Work on a call's episodes until none is left.
+
+        Args:
+            version: of the weights to begin with;  load: puts the weights of a version into a model.
+            newest: the newest version there is; only asked, and then taken up, where the recipe says `train.in_flight`.
+        """
+        in_flight, looked = self.recipe.train.in_flight, time.monotonic()
+        if in_flight:
+            version = max(version, newest())
         if version != self.version:
-            load(self.loaded.model)
+            load(self.loaded.model, version)
             self.version = version
         self.engine.sync(version)  # with an empty cache, as the parent's engine begins a step
         plan = plan_of(self.recipe, asked)
+
+        def look() -> None:
+            nonlocal looked
+            if time.monotonic() - looked < _NEWEST_S:
+                return
+            looked = time.monotonic()
+            if (now := newest()) > (self.version or 0):
+                load(self.loaded.model, now)
+                self.version = now
+                self.engine.renew(now)
+
+        if in_flight:
+            plan.stop = look
         at_once = max(1, min(self.recipe.rollout.max_batch, len(plan.problems) * plan.samples))
         work_on(self.engine, self.loaded.renderer, plan, ledger, at_once)
 

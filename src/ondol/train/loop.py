@@ -20,7 +20,7 @@ from ondol.models.save import load_weights, save_model, weights
 from ondol.recipe import Recipe
 from ondol.records import Group, Trajectory
 from ondol.rollout.driver import rollout
-from ondol.rollout.statistics import statistics
+from ondol.rollout.statistics import staleness, statistics
 from ondol.store import Run
 from ondol.train import checkpoint
 from ondol.train.checkpoint import Position
@@ -331,8 +331,7 @@ class Trainer:
         metrics = r.method.reports(groups) | self._statistics(groups)
         metrics["rollout/seconds"] = sampled_in
         metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in
-        lags = [self.version - max(t.version) for g in groups for t in g.trajectories if t.sampled_tokens]
-        metrics["rollout/staleness"] = sum(lags) / max(len(lags), 1)
+        metrics |= staleness(groups, self.version)
         metrics["engine/prefix_hit_share"] = hit_share(before, self.engine.stats)
         if not self.rollout_only:
             assert self.learner is not None
@@ -467,6 +466,8 @@ class Trainer:
         """The weights have changed: everyone is told the new version."""
         self.version += 1
         self._tell_version()
+        if self.recipe.train.in_flight and self.processes is not None:
+            self.processes.announce(self.version)
         self.engine.sync(self.version)
 
     def _tell_version(self) -> None:

@@ -7,6 +7,7 @@ A worker that is killed, or whose node is, is replaced where there is room; one 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,8 @@ from ondol.train.executor import LEASE_S, Executor, Pending, Worker
 from ondol.train.plans import Asked
 
 _ANSWER_S = 60.0  # for the ledger's actor
-_START_S = 300.0  # for a worker to have loaded its model: a cluster may first have to start a node
+_WEIGHTS_S = 600.0  # for weights to come from another node
+_REACH_S = 10.0  # to reach a cluster's address
 _STORE_MIB = 256  # least object store of a cluster begun here, beside room for three versions of the weights
 
 
@@ -34,6 +36,7 @@ class Keeper:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ondol-ledgers-")
         self._open: dict[tuple[int, str], Ledger] = {}
+        self._states: dict[int, Any] = {}
 
     def do(self, number: int, owner: str, lease_s: float, what: str, *args: Any) -> Any:
         """Call a method of a ledger, as its owner would."""
@@ -41,6 +44,16 @@ class Keeper:
         if key not in self._open:
             self._open[key] = Ledger(Path(self._folder.name) / f"episodes-{number}.sqlite", owner, lease_s)
         return getattr(self._open[key], what)(*args)
+
+    def keep(self, version: int, state: list[Any], wanted: set[int]) -> None:
+        """Weights of a version, as a reference in a list (which Ray hands on as it is); others that are not wanted are let go."""
+        self._states = {v: s for v, s in self._states.items() if v in wanted} | {version: state}
+
+    def state(self, version: int) -> list[Any]:
+        return self._states[version]
+
+    def newest(self) -> int:
+        return max(self._states, default=0)
 
     def forget(self, number: int) -> None:
         """A call is over."""
@@ -58,10 +71,11 @@ class KeptLedger:
 
     def _ask(self, what: str, *args: Any) -> Any:
         import ray
+        from ray import exceptions
 
         try:
             return ray.get(self.keeper.do.remote(self.number, self.owner, self.lease_s, what, *args), timeout=_ANSWER_S)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+        except (exceptions.RayActorError, exceptions.GetTimeoutError) as e:
             raise OndolError(
                 f"the ledger of the rollouts does not answer: {_first_line(e)}",
                 "go on from the last checkpoint with: ondol resume last",
@@ -107,13 +121,18 @@ class RayWorker:
         self.owner = owner
         self.worker = Worker(recipe, recipe.model.path, owner, threads)
 
-    def play(self, asked: Asked, version: int, state: bytes, keeper: Any, number: int) -> None:
+    def play(self, asked: Asked, version: int, keeper: Any, number: int) -> None:
+        import ray
         from safetensors.torch import load
 
-        def put(model: Any) -> None:
-            put_weights(model, load(state), f"version {version}")
+        def put(model: Any, version: int) -> None:
+            [state] = ray.get(keeper.state.remote(version), timeout=_ANSWER_S)
+            put_weights(model, load(ray.get(state, timeout=_WEIGHTS_S)), f"version {version}")
 
-        self.worker.play(asked, version, put, partial(KeptLedger, keeper, number, self.owner))
+        def newest() -> int:
+            return ray.get(keeper.newest.remote(), timeout=_ANSWER_S)
+
+        self.worker.play(asked, version, put, partial(KeptLedger, keeper, number, self.owner), newest)
 
     def pid(self) -> int:
         return os.getpid()
@@ -134,7 +153,6 @@ class RayRollouts(Executor):
         self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()
         self._actors: dict[str, Any] = {}
         self._jobs: dict[str, list[Any]] = {}
-        self._states: dict[int, Any] = {}
         super().__init__(recipe, loaded, count, **settings)
 
     @property
@@ -148,8 +166,7 @@ class RayRollouts(Executor):
         self._jobs[owner] = [self._actors[owner].pid.remote()]
 
     def _tell(self, owner: str, pending: Pending) -> None:
-        state = self._states[pending.version]
-        job = self._actors[owner].play.remote(pending.asked, pending.version, state, self._keeper, pending.number)
+        job = self._actors[owner].play.remote(pending.asked, pending.version, self._keeper, pending.number)
         self._jobs[owner].append(job)
 
     def _gone(self) -> list[tuple[str, str]]:
@@ -173,14 +190,13 @@ class RayRollouts(Executor):
         from safetensors.torch import save
 
         state = {k: v.cpu() for k, v in weights(self.loaded.model).items()}
-        self._states[version] = self.ray.put(save(state))
-        for old in set(self._states) - wanted:
-            del self._states[old]
+        kept = self._keeper.keep.remote(version, [self.ray.put(save(state))], wanted)
+        self.ray.get(kept, timeout=_ANSWER_S)
 
     def close(self) -> None:
         for actor in (*self._actors.values(), self._keeper):
             self.ray.kill(actor)
-        self._actors, self._jobs, self._states = {}, {}, {}
+        self._actors, self._jobs = {}, {}
         if self._ours:
             self.ray.shutdown()
 
@@ -211,6 +227,9 @@ def _connect(ray: Any, address: str, count: int, loaded: LoadedModel) -> None:
     else:
         settings["address"] = address
     try:
+        if ":" in (place := address.removeprefix("ray://")):  # Ray itself would try for minutes
+            host, _, port = place.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
         ray.init(**settings)
     except Exception as e:  # whatever Ray raises: nothing there, another version, no room
         remedy = "give 'local' to begin one here, or start one with: ray start --head"

@@ -361,8 +361,9 @@ def follow() -> None:
                     elif name == "optimizer":
                         learner.optimizer.load_state(state)
                     elif name == "reference":
-                        learner.reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
-                        put_weights(learner.reference, state, "the leader")
+                        reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+                        put_weights(reference, state, "the leader")
+                        learner.reference = reference
                     elif learner.critic is not None:
                         if name == "critic":
                             learner.critic.critic.load(state)

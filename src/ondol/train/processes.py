@@ -57,7 +57,7 @@ class ProcessRollouts(Executor):
 
     def _tell(self, owner: str, pending: Pending) -> None:
         command = {"asked": dataclasses.asdict(pending.asked), "version": pending.version}
-        command |= {"ledger": str(self._path(pending.number)), "weights": str(self._weights(pending.version))}
+        command["ledger"] = str(self._path(pending.number))
         stream = self._workers[owner].stdin
         assert stream is not None
         with contextlib.suppress(OSError):  # it is gone; that is seen when its state is asked
@@ -83,16 +83,13 @@ class ProcessRollouts(Executor):
                 old.unlink(missing_ok=True)
         return Ledger(self._path(number), "parent", LEASE_S)
 
-    def _weights(self, version: int) -> Path:
-        return self.folder / f"weights-{version}.safetensors"
-
     def _publish(self, version: int, wanted: set[int]) -> None:
         from safetensors.torch import save_file
 
         part = self.folder / "weights.part"
         save_file(weights(self.loaded.model), part)
-        part.rename(self._weights(version))
-        keep = {self._weights(v) for v in wanted}
+        part.rename(weights_file(self.folder, version))
+        keep = {weights_file(self.folder, v) for v in wanted}
         for old in self.folder.glob("weights-*.safetensors"):
             if old not in keep:
                 old.unlink()
@@ -108,13 +105,24 @@ class ProcessRollouts(Executor):
         self._folder.cleanup()
 
 
+def weights_file(folder: Path, version: int) -> Path:
+    return folder / f"weights-{version}.safetensors"
+
+
 def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
+    folder = Path(recipe_path).parent
     worker = Worker(load_recipe(json.loads(Path(recipe_path).read_text())), model_path, owner, threads)
+
+    def load(model: Any, version: int) -> None:
+        load_weights(model, weights_file(folder, version))
+
+    def newest() -> int:
+        return max((int(f.stem.split("-")[1]) for f in folder.glob("weights-*.safetensors")), default=0)
+
     for line in sys.stdin:  # it ends when the parent does
         command = json.loads(line)
-        load = partial(load_weights, path=Path(command["weights"]))
         ledger = partial(Ledger, Path(command["ledger"]), owner, LEASE_S)
-        worker.play(Asked(**command["asked"]), command["version"], load, ledger)
+        worker.play(Asked(**command["asked"]), command["version"], load, ledger, newest)
 
 
 if __name__ == "__main__":

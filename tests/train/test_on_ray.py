@@ -1,0 +1,94 @@
+"""Rollouts on a Ray cluster give the run that one process gives, bit for bit, also when a worker, or a whole node, is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+import ondol
+from ondol.errors import OndolError
+
+ray = pytest.importorskip("ray")
+
+from ondol.train.on_ray import RayRollouts  # noqa: E402
+
+pytestmark = pytest.mark.timeout(280)
+
+RECIPE = {
+    "name": "on-ray",
+    "seed": 5,
+    # float64 and one row at a time: then not even the last bit depends on who else is sampled
+    "model": {"path": "tiny:hidden=32,layers=1,context=64", "dtype": "float64"},
+    "task": {"name": "toy:Toy", "calls": False},  # even a random model gets half of it right
+    "env": {"max_turns": 1},
+    "sampling": {"max_tokens": 6},
+    "rollout": {"max_batch": 1},
+    "train": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 4},
+    "method": {"name": "grpo", "kl_coef": 0.0},
+    "evaluate": {"problems": 0},
+}
+
+
+def outcome(run):
+    trajectories = [t.to_dict() for t in run.db.trajectories(phase="rl")]
+    return trajectories, (run.path / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_workers_of_a_local_cluster_are_one_process(tmp_path, monkeypatch):
+    with ondol.run(RECIPE, runs=tmp_path / "one") as run:
+        want = outcome(run)
+    assert any(t["sampled"] for t in want[0])
+    killed, told = [], RayRollouts._tell
+
+    def tell(self, owner, pending):
+        if pending.asked.step == 2 and not killed:  # the worker has just done the first step
+            killed.append(ray.get(self._actors[owner].pid.remote(), timeout=60))
+            os.kill(killed[0], signal.SIGKILL)
+        told(self, owner, pending)
+
+    monkeypatch.setattr(RayRollouts, "_tell", tell)
+    with ondol.run(RECIPE, "rollout.processes=2", "rollout.cluster=local", runs=tmp_path / "two") as run:
+        assert outcome(run) == want
+    assert killed and not ray.is_initialized()
+
+
+def test_a_node_is_killed(tmp_path, monkeypatch):
+    """Two nodes beside the head, one worker each; a node dies, and its worker is begun anew on the other."""
+    from ray.cluster_utils import Cluster
+
+    with ondol.run(RECIPE, runs=tmp_path / "one") as run:
+        want = outcome(run)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), "."]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        here = ray.get_runtime_context().get_node_id()  # all nodes are on this machine; this process is on one of them
+        nodes = [n for n in nodes if n.node_id != here]
+        before = len(nodes)
+        told = RayRollouts._tell
+
+        def tell(self, owner, pending):
+            told(self, owner, pending)
+            if pending.asked.step == 2 and len(nodes) == before:
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+        monkeypatch.setattr(RayRollouts, "_tell", tell)
+        with ondol.run(RECIPE, "rollout.processes=3", "rollout.cluster=auto", runs=tmp_path / "two") as run:
+            assert outcome(run) == want
+        assert len(nodes) == before - 1 and ray.is_initialized()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_no_cluster_there(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(OndolError, match="no connection to the Ray cluster"):
+        ondol.run(RECIPE, "rollout.processes=1", "rollout.cluster=127.0.0.1:9", runs=tmp_path)
+    assert time.monotonic() - started < 120
+    with pytest.raises(OndolError, match=r"set rollout\.processes"):
+        ondol.load_recipe(RECIPE, ["rollout.cluster=local"])
