@@ -1,6 +1,7 @@
 # make demo   a language model learns to use a tool, from nothing to finished in minutes
 # make test   all set-up for, and all of, the checks: lint, types, import rules, tests, a short real run
 # make reproduce   the slow runs behind the committed results (hours)
+# make chaos   50 faults at random moments: the run must end as if nothing had happened (about 20 minutes)
 # make bench   ours beside the peers on the same work, in turn (about an hour), and the sandboxes and the tool server under load
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -61,6 +62,9 @@ reproduce: $(VENV)/.dev
 	$(BIN)/python results/worlds.py
 	for id in $$($(BIN)/python -c 'from ondol.papers.base import RUNNING; print(*RUNNING)'); do $(BIN)/ondol reproduce $$id --seeds 3 || exit 1; done
 
+chaos: $(VENV)/.dev
+	ONDOL_FAULTS=50 $(BIN)/python -m pytest tests/chaos tests/train/test_on_ray.py tests/cluster -s
+
 bench: $(VENV)/.runtime
 	@test -x bench/.venv/bin/python || $(PYTHON) -m venv bench/.venv
 	@bench/.venv/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements.txt
@@ -71,4 +75,4 @@ bench: $(VENV)/.runtime
 clean:
 	rm -rf $(VENV) bench/.venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help demo test programs reproduce bench clean
+.PHONY: help demo test programs reproduce chaos bench clean

@@ -49,6 +49,11 @@ class RolloutSettings(Masking):
         le=256,
         description="training rollouts by so many processes beside this one, each with a thread and the model; 0: here",
     )
+    lease_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="with processes: a worker that gives no sign for so long is replaced, and its episodes go on elsewhere",
+    )
     cluster: str | None = Field(
         default=None,
         description="the processes are workers on a Ray cluster: 'local' (one begun here), 'auto' (the one that runs), or its address, such as "

@@ -25,7 +25,7 @@ from ondol.train.plans import Asked, make_engine, plan_of
 _LOOK_S = 0.02
 _TELL_S = 60.0  # without progress, until it is said who waits for whom
 _NEWEST_S = 0.2  # between two looks for newer weights
-LEASE_S = 60.0  # a step of a large model on a busy machine may take a while
+_SIGNS_S = 0.5  # between two looks whether workers give signs
 
 
 @dataclasses.dataclass
@@ -62,6 +62,7 @@ class Executor(ABC):
         self.recipe, self.loaded, self.threads, self.replacements, self.say = recipe, loaded, threads, replacements, say
         self.lost = self._made = self._calls = 0
         self._version: int | None = None
+        self._looked = time.monotonic()
         self._open: list[Pending] = []
         for _ in range(count):
             self._start(self._name())
@@ -84,6 +85,14 @@ class Executor(ABC):
     @abstractmethod
     def _gone(self) -> list[tuple[str, str]]:
         """(name, why) of those that have ended since it was last asked."""
+
+    @abstractmethod
+    def _signs(self) -> dict[str, float]:
+        """Worker -> seconds since it last gave a sign; also of those that have nothing to do."""
+
+    @abstractmethod
+    def _drop(self, owner: str) -> None:
+        """End a worker that gives no sign."""
 
     @abstractmethod
     def _ledger(self, number: int) -> Bookkeeping:
@@ -156,7 +165,14 @@ class Executor(ABC):
         return f"w{self._made - 1}"
 
     def _replace_lost(self) -> None:
-        for owner, why in self._gone():
+        lost = self._gone()
+        if time.monotonic() - self._looked > _SIGNS_S:
+            self._looked = time.monotonic()
+            for owner, ago in self._signs().items():
+                if ago > self.recipe.rollout.lease_s:
+                    self._drop(owner)
+                    lost.append((owner, f"no sign for {ago:.0f} s"))
+        for owner, why in lost:
             self.lost += 1
             freed = sum(pending.ledger.release(owner) for pending in self._open)
             self.say(f"rollout worker {owner} ended ({why}); {freed} episodes go on elsewhere")

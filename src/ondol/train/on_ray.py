@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ondol.models.load import LoadedModel
 from ondol.models.save import put_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
 from ondol.records import Trajectory
-from ondol.train.executor import LEASE_S, Executor, Pending, Worker
+from ondol.train.executor import Executor, Pending, Worker
 from ondol.train.plans import Asked
 
 _ANSWER_S = 60.0  # for the ledger's actor
@@ -66,7 +67,7 @@ class Keeper:
 class KeptLedger:
     """A ledger of the keeper's, as `owner` sees it; see `ondol.cluster.ledger.Ledger`."""
 
-    def __init__(self, keeper: Any, number: int, owner: str, lease_s: float = LEASE_S) -> None:
+    def __init__(self, keeper: Any, number: int, owner: str, lease_s: float) -> None:
         self.keeper, self.number, self.owner, self.lease_s = keeper, number, owner, lease_s
 
     def _ask(self, what: str, *args: Any) -> Any:
@@ -132,7 +133,13 @@ class RayWorker:
         def newest() -> int:
             return ray.get(keeper.newest.remote(), timeout=_ANSWER_S)
 
-        self.worker.play(asked, version, put, partial(KeptLedger, keeper, number, self.owner), newest)
+        self.worker.play(asked, version, put, self._ledger(keeper, number), newest)
+
+    def _ledger(self, keeper: Any, number: int) -> Callable[[], KeptLedger]:
+        return partial(KeptLedger, keeper, number, self.owner, self.worker.recipe.rollout.lease_s)
+
+    def sign(self) -> None:
+        """Whoever hears this is alive; it is heard while `play` is at work."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -153,6 +160,8 @@ class RayRollouts(Executor):
         self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()
         self._actors: dict[str, Any] = {}
         self._jobs: dict[str, list[Any]] = {}
+        self._begun: set[str] = set()
+        self._asked: dict[str, tuple[Any, float]] = {}
         super().__init__(recipe, loaded, count, **settings)
 
     @property
@@ -161,7 +170,10 @@ class RayRollouts(Executor):
 
     def _start(self, owner: str) -> None:
         on_gpu = self.recipe.model.device.startswith("cuda")
-        kind = self.ray.remote(RayWorker).options(num_cpus=self.threads, num_gpus=1 if on_gpu else 0, name=None)
+        self.ray.method(concurrency_group="signs")(RayWorker.sign)
+        kind = self.ray.remote(concurrency_groups={"signs": 1})(RayWorker).options(
+            num_cpus=self.threads, num_gpus=1 if on_gpu else 0, name=None
+        )
         self._actors[owner] = kind.remote(to_table(self.recipe), owner, self.threads)
         self._jobs[owner] = [self._actors[owner].pid.remote()]
 
@@ -174,17 +186,36 @@ class RayRollouts(Executor):
         for owner, jobs in list(self._jobs.items()):
             ready, self._jobs[owner] = self.ray.wait(jobs, num_returns=len(jobs), timeout=0) if jobs else ([], [])
             for job in ready:
+                self._begun.add(owner)
                 try:
                     self.ray.get(job, timeout=_ANSWER_S)
                 except self.ray.exceptions.RayError as e:
-                    self.ray.kill(self._actors[owner])
-                    del self._actors[owner], self._jobs[owner]
+                    self._drop(owner)
                     out.append((owner, _first_line(e)))
                     break
         return out
 
+    def _signs(self) -> dict[str, float]:
+        """A worker that has begun answers, beside its work, within the lease."""
+        now, out = time.monotonic(), {}
+        for owner, actor in self._actors.items():
+            asked = self._asked.get(owner)
+            if asked is None:
+                if owner in self._begun:
+                    self._asked[owner] = (actor.sign.remote(), now)
+            elif self.ray.wait([asked[0]], timeout=0)[0]:
+                del self._asked[owner]  # what came, an answer or an error, `_gone` finds out
+            else:
+                out[owner] = now - asked[1]
+        return out
+
+    def _drop(self, owner: str) -> None:
+        del self._jobs[owner]
+        self._asked.pop(owner, None)
+        self.ray.kill(self._actors.pop(owner))
+
     def _ledger(self, number: int) -> KeptLedger:
-        return KeptLedger(self._keeper, number, "parent")
+        return KeptLedger(self._keeper, number, "parent", self.recipe.rollout.lease_s)
 
     def _publish(self, version: int, wanted: set[int]) -> None:
         from safetensors.torch import save

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,12 @@ from ondol.cluster.ledger import Ledger
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
-from ondol.train.executor import LEASE_S, Executor, Pending, Worker
+from ondol.train.executor import Executor, Pending, Worker
 from ondol.train.plans import Asked
 
 _LOG_CHARS = 2000
+_BEGIN_S = 60.0  # for a process to have begun
+_SIGN_S = 0.5  # between two signs of life of a worker
 
 
 class ProcessRollouts(Executor):
@@ -45,6 +49,10 @@ class ProcessRollouts(Executor):
     def _start(self, owner: str) -> None:
         recipe = str(self.folder / "recipe.json")
         command = [sys.executable, "-m", "ondol.train.processes", recipe, owner, str(self.threads)]
+        sign = self.folder / f"{owner}.sign"
+        sign.touch()
+        due = time.time() + _BEGIN_S  # its first own sign may be late: Python and torch come first
+        os.utime(sign, (due, due))
         with (self.folder / f"{owner}.log").open("wb") as log:
             self._workers[owner] = subprocess.Popen(
                 [*command, self.recipe.model.path],
@@ -74,6 +82,18 @@ class ProcessRollouts(Executor):
             out.append((owner, " ".join([f"signal {-code}" if code < 0 else f"exit {code}", *log.splitlines()[-1:]])))
         return out
 
+    def _signs(self) -> dict[str, float]:
+        now, out = time.time(), {}
+        for owner in self._workers:
+            with contextlib.suppress(OSError):
+                out[owner] = now - (self.folder / f"{owner}.sign").stat().st_mtime
+        return out
+
+    def _drop(self, owner: str) -> None:
+        process = self._workers.pop(owner)
+        process.kill()
+        process.wait(timeout=30)
+
     def _path(self, number: int) -> Path:
         return self.folder / f"episodes-{number}.sqlite"
 
@@ -81,7 +101,7 @@ class ProcessRollouts(Executor):
         for old in self.folder.glob("episodes-*"):  # of calls that are over
             if int(old.name.split("-")[1].split(".")[0]) not in {p.number for p in self._open}:
                 old.unlink(missing_ok=True)
-        return Ledger(self._path(number), "parent", LEASE_S)
+        return Ledger(self._path(number), "parent", self.recipe.rollout.lease_s)
 
     def _publish(self, version: int, wanted: set[int]) -> None:
         from safetensors.torch import save_file
@@ -109,8 +129,17 @@ def weights_file(folder: Path, version: int) -> Path:
     return folder / f"weights-{version}.safetensors"
 
 
+def _give_signs(path: Path) -> None:
+    """A sign of life, as long as the folder is there."""
+    with contextlib.suppress(OSError):
+        while True:
+            os.utime(path)
+            time.sleep(_SIGN_S)
+
+
 def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
     folder = Path(recipe_path).parent
+    threading.Thread(target=_give_signs, args=(folder / f"{owner}.sign",), daemon=True).start()
     worker = Worker(load_recipe(json.loads(Path(recipe_path).read_text())), model_path, owner, threads)
 
     def load(model: Any, version: int) -> None:
@@ -121,7 +150,7 @@ def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
 
     for line in sys.stdin:  # it ends when the parent does
         command = json.loads(line)
-        ledger = partial(Ledger, Path(command["ledger"]), owner, LEASE_S)
+        ledger = partial(Ledger, Path(command["ledger"]), owner, worker.recipe.rollout.lease_s)
         worker.play(Asked(**command["asked"]), command["version"], load, ledger, newest)
 
 
