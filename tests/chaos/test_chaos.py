@@ -63,7 +63,7 @@ class Battle:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng, self.runs = folder, rng, folder / "runs"
         self.recipe = folder / "chaos.toml"
-        self.log = folder / "log.txt"
+        self.pids: set[psutil.Process] = set()  # of all workers ever seen
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self.done: list[str] = []
@@ -76,7 +76,8 @@ class Battle:
         full = None
         if limit is not None:
             full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-        with self.log.open("ab") as log:
+        # a file for each start: with a full disk there must be room for its last words
+        with (self.folder / f"log-{self.starts:03d}.txt").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ondol", *command, "--runs", str(self.runs), "--json"],
                 stdin=subprocess.DEVNULL,
@@ -90,6 +91,9 @@ class Battle:
     def run_folder(self) -> Path | None:
         return next(iter(self.runs.glob("*-chaos")), None)
 
+    def said(self, since: int = 0) -> str:
+        return "".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("log-*.txt"))[since:])
+
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
@@ -97,7 +101,9 @@ class Battle:
         assert self.process is not None
         try:
             children = psutil.Process(self.process.pid).children()
-            return [c for c in children if "ondol.train.processes" in c.cmdline()]
+            found = [c for c in children if "ondol.train.start_worker" in c.cmdline()]
+            self.pids |= set(found)
+            return found
         except psutil.Error:
             return []
 
@@ -113,14 +119,12 @@ class Battle:
 
     def watch(self) -> None:
         """The watchdog: nothing moves, and it says who waits for whom."""
-        now = (self.starts, self.steps(), self.log.stat().st_size if self.log.exists() else 0)
+        now = (self.starts, self.steps(), len(self.said()))
         if now != self.seen:
             self.seen, self.moved = now, time.monotonic()
         if time.monotonic() - self.moved > PATIENCE_S:
             states = [(w.pid, w.status()) for w in self.workers()]
-            raise AssertionError(
-                f"hung after {self.done}: workers {states}, step {now[1]}; {self.log.read_text()[-1500:]}"
-            )
+            raise AssertionError(f"hung after {self.done}: workers {states}, step {now[1]}; {self.said()[-1500:]}")
 
     def kill(self) -> None:
         assert self.process is not None
@@ -146,7 +150,7 @@ class Battle:
             try:
                 self.process.wait(timeout=PATIENCE_S)
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"Ctrl-C is not heard: {self.log.read_text()[-1500:]}") from None
+                raise AssertionError(f"Ctrl-C is not heard: {self.said()[-1500:]}") from None
             return True
         folder = self.run_folder()
         saved = list((folder / "checkpoints").glob("*/model.safetensors")) if folder is not None else []
@@ -154,14 +158,14 @@ class Battle:
             return False
         self.kill()
         if kind == "disk full":
-            said = self.log.stat().st_size
+            before = self.starts
             self.start(limit=self.rng.choice([4, 64, 512]) * 1024)
             while self.alive():
                 self.watch()
                 time.sleep(0.1)
             assert self.process is not None
             # it did all that was left within the limit, or it says what is wrong and what to do
-            new = self.log.read_text()[said:]
+            new = self.said(since=before)
             assert self.process.returncode == 0 or "->" in new or '"error"' in new or "remedy" in new, new[-1500:]
         if kind == "spoil checkpoint":
             newest = max(saved, key=lambda p: p.stat().st_mtime)
@@ -202,7 +206,7 @@ def test_the_run_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
                     battle.done.append(kinds[count])
                     count += 1
                 due = None
-            assert battle.starts < 4 * FAULTS + 8, battle.log.read_text()[-3000:]
+            assert battle.starts < 4 * FAULTS + 8, battle.said()[-3000:]
             time.sleep(0.05)
         told += battle.done
         with ondol.open_run("last", runs=battle.runs) as run:
@@ -210,12 +214,15 @@ def test_the_run_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
         keys = [tuple(t["key"]) for t in found[0]]
         assert len(keys) == len(set(keys)) == STEPS * 16  # none counted twice, none lost
         assert found == want, battle.done
+        time.sleep(1.0)
+        assert not [
+            p for p in battle.pids if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+        ]  # frozen ones too are gone
+        assert not (battle.run_folder() / "workers").exists()
         print(
             f"run {rounds}: {len(battle.done)} faults, {battle.starts} starts, the same trajectories and model: {battle.done}"
         )
     assert count == FAULTS and len(told) == FAULTS
-    orphans = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert not orphans
 
 
 def as_toml(table: dict) -> str:

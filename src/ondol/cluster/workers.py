@@ -191,7 +191,8 @@ def who_waits(counts: dict[str, int], ledger: Bookkeeping, workers: Iterable[str
 class _Worker(Rollout):
     """Takes episodes as it has room, until none is left."""
 
-    def __init__(self, engine: Any, renderer: Any, plan: Plan, ledger: Bookkeeping, at_once: int) -> None:
+    def __init__(self, engine: Any, renderer: Any, plan: Plan, ledger: Bookkeeping, at_once: int, stay: bool) -> None:
+        self.stay = stay
         self.begun: dict[tuple[int, int, int], Trajectory] = {}
         self.ours: dict[Key, asyncio.Task[Trajectory]] = {}
         super().__init__(engine, renderer, replace(plan, recorded=self.begun, saved=self._save))
@@ -203,7 +204,8 @@ class _Worker(Rollout):
                 for claimed in self.ledger.claim(self.at_once - len(self.ours)):
                     self._begin(claimed)
                 if not self.ours:
-                    if self.ledger.counts()["done"] == sum(self.ledger.counts().values()):
+                    counts = self.ledger.counts()
+                    if not (counts["waiting"] or (self.stay and counts["at work"])):
                         return
                     await asyncio.sleep(_LOOK_S)  # others are at work, and may be lost
                     continue
@@ -236,8 +238,13 @@ class _Worker(Rollout):
             self.ours[key].cancel()  # we were taken for lost, and another has it
 
 
-def work_on(engine: Any, renderer: Any, plan: Plan, ledger: Callable[[], Bookkeeping], at_once: int) -> None:
-    """Work on the episodes of a ledger until none is left, with a heartbeat beside it. `ledger` opens this worker's view of it."""
+def work_on(
+    engine: Any, renderer: Any, plan: Plan, ledger: Callable[[], Bookkeeping], at_once: int, *, stay: bool = True
+) -> None:
+    """Work on the episodes of a ledger until none is left, with a heartbeat beside it. `ledger` opens this worker's view of it.
+
+    With `stay` it waits while others are at work, as they may be lost; without, somebody else has to see to that.
+    """
     mine = ledger()
     over, parent = threading.Event(), os.getppid()
 
@@ -252,7 +259,7 @@ def work_on(engine: Any, renderer: Any, plan: Plan, ledger: Callable[[], Bookkee
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()
     try:
-        asyncio.run(_Worker(engine, renderer, plan, mine, at_once).work())
+        asyncio.run(_Worker(engine, renderer, plan, mine, at_once, stay).work())
     finally:
         over.set()
         heart.join(timeout=10)

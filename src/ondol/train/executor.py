@@ -174,12 +174,15 @@ class Executor(ABC):
                     lost.append((owner, f"no sign for {ago:.0f} s"))
         for owner, why in lost:
             self.lost += 1
-            freed = sum(pending.ledger.release(owner) for pending in self._open)
-            self.say(f"rollout worker {owner} ended ({why}); {freed} episodes go on elsewhere")
+            freed = [(pending, pending.ledger.release(owner)) for pending in self._open]
+            self.say(f"rollout worker {owner} ended ({why}); {sum(n for _, n in freed)} episodes go on elsewhere")
             if self.lost > self.replacements:
                 raise OndolError(
                     f"{self.lost} rollout workers were lost; the last: {why}", "set rollout.processes to 0 to see more"
                 )
+            for pending in (p for p, n in freed if n):
+                for other in self.workers:
+                    self._tell(other, pending)
             fresh = self._name()
             self._start(fresh)
             for pending in self._open:
@@ -235,7 +238,8 @@ class Worker:
         if in_flight:
             plan.stop = look
         at_once = max(1, min(self.recipe.rollout.max_batch, len(plan.problems) * plan.samples))
-        work_on(self.engine, self.loaded.renderer, plan, ledger, at_once)
+        # it goes on to the next call while others finish this one; what is freed later, it is told of again
+        work_on(self.engine, self.loaded.renderer, plan, ledger, at_once, stay=False)
 
 
 class Ahead:

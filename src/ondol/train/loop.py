@@ -428,7 +428,8 @@ class Trainer:
             return RayRollouts(self.recipe, self.loaded, r.processes, say=self.reporter.warn)
         from ondol.train.processes import ProcessRollouts
 
-        return ProcessRollouts(self.recipe, self.loaded, r.processes, say=self.reporter.warn)
+        folder = self.run.path / "workers"
+        return ProcessRollouts(self.recipe, self.loaded, r.processes, folder=folder, say=self.reporter.warn)
 
     def _batch(self, step: int) -> list[Group]:
         """The step's rollouts. With staleness those of the next steps begin before it learns."""

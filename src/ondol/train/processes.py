@@ -1,7 +1,4 @@
-"""Rollouts of training by processes beside this one, which share a folder with it.
-
-python -m ondol.train.processes      # what a worker runs: commands come as JSON lines on its standard input
-"""
+"""Rollouts of training by processes beside this one, which share a folder with it."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -33,11 +30,12 @@ _SIGN_S = 0.5  # between two signs of life of a worker
 
 
 class ProcessRollouts(Executor):
-    """Workers are processes of this machine. Weights travel as files, the ledger is one."""
+    """Workers are processes of this machine. Weights travel as files, the ledger is one; both lie in `folder`, which is made anew and goes again."""
 
-    def __init__(self, recipe: Recipe, loaded: LoadedModel, count: int, **settings: Any) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ondol-rollouts-")
-        self.folder = Path(self._folder.name)
+    def __init__(self, recipe: Recipe, loaded: LoadedModel, count: int, *, folder: Path, **settings: Any) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir(parents=True)
+        self.folder = folder
         (self.folder / "recipe.json").write_text(json.dumps(to_table(recipe)))
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
         super().__init__(recipe, loaded, count, **settings)
@@ -48,7 +46,7 @@ class ProcessRollouts(Executor):
 
     def _start(self, owner: str) -> None:
         recipe = str(self.folder / "recipe.json")
-        command = [sys.executable, "-m", "ondol.train.processes", recipe, owner, str(self.threads)]
+        command = [sys.executable, "-m", "ondol.train.start_worker", recipe, owner, str(self.threads)]
         sign = self.folder / f"{owner}.sign"
         sign.touch()
         due = time.time() + _BEGIN_S  # its first own sign may be late: Python and torch come first
@@ -122,7 +120,7 @@ class ProcessRollouts(Executor):
         self._workers = {}
         for pending in self._open:
             pending.ledger.close()
-        self._folder.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def weights_file(folder: Path, version: int) -> Path:
@@ -138,6 +136,7 @@ def _give_signs(path: Path) -> None:
 
 
 def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
+    """What a worker does: commands come as JSON lines on its standard input."""
     folder = Path(recipe_path).parent
     threading.Thread(target=_give_signs, args=(folder / f"{owner}.sign",), daemon=True).start()
     worker = Worker(load_recipe(json.loads(Path(recipe_path).read_text())), model_path, owner, threads)
@@ -152,7 +151,3 @@ def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
         command = json.loads(line)
         ledger = partial(Ledger, Path(command["ledger"]), owner, worker.recipe.rollout.lease_s)
         worker.play(Asked(**command["asked"]), command["version"], load, ledger, newest)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
