@@ -60,6 +60,7 @@ reproduce: $(VENV)/.dev
 	$(BIN)/python -m ondol.sandbox.escapes -o results/isolation.json
 	$(BIN)/python -m ondol.sandbox.judge_trial -o results/code-judge.json
 	$(BIN)/python results/worlds.py
+	$(BIN)/python results/scale.py
 	for id in $$($(BIN)/python -c 'from ondol.papers.base import RUNNING; print(*RUNNING)'); do $(BIN)/ondol reproduce $$id --seeds 3 || exit 1; done
 
 chaos: $(VENV)/.dev

@@ -50,7 +50,7 @@ def measure() -> tuple[Service, dict[str, float]]:
     turn_s = took / (len(episodes) / 8) / turns  # 8 at once
     learner = Learner(loaded.model, Optimizer(loaded.model, OptimizerSettings(learning_rate=1e-12)))
     learner.imitate(episodes)
-    rate = learner.imitate(episodes)["learner/tokens_per_s"]
+    learned = learner.imitate(episodes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "w.safetensors"
         started = time.perf_counter()
@@ -76,8 +76,8 @@ def measure() -> tuple[Service, dict[str, float]]:
         weights_bytes=size,
         bytes_per_s=LINK,
         load_s=loaded_in,
-        tokens_per_episode=statistics.mean(len(t.ids) for t in episodes),
-        learner_tokens_per_s=rate,
+        tokens_per_episode=learned["learner/tokens"] / len(episodes),  # prompts are shared,
+        learner_tokens_per_s=learned["learner/tokens_per_s"],
         turns=max(1, round(turns)),
     )
     return service, {"weights_written_s": wrote, "turns": turns}
