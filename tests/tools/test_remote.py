@@ -285,12 +285,12 @@ def test_list(capsys: pytest.CaptureFixture[str]):
 def test_a_full_server_says_when_to_ask_again():
     with serving("--tool", FAULTY, "--in-process", "--max-running", "1", "--max-waiting", "1") as (_, start):
         url = start["url"]
-        body = {"trajectory_id": "a", "tool": "faulty", "arguments": {"what": "wait 0.4"}}
+        body = {"trajectory_id": "a", "tool": "faulty", "arguments": {"what": "wait 1.5"}}
         bodies = [{**body, "trajectory_id": f"{i}"} for i in range(2)]
         threads = [threading.Thread(target=post, args=(url + "/call", b)) for b in bodies]
         for t in threads:
             t.start()
-        for _ in range(100):
+        for _ in range(500):
             if health(url)["waiting"] == 1:
                 break
             time.sleep(0.01)
