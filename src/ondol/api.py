@@ -31,14 +31,13 @@ def run(
         reporter: an `ondol.train.report.Reporter` that hears of progress.
     Raises OndolError for anything a person can act on, KeyboardInterrupt when it was stopped by a signal (and saved).
     """
-    from ondol.models.load import load_model
     from ondol.recipe import to_table
     from ondol.train.loop import Trainer
+    from ondol.train.plans import load
 
     made = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    m = made.model
     root = Path(runs or os.environ.get("ONDOL_RUNS") or "runs")
-    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
+    loaded = load(made)
     with Run.create(root, made.name, to_table(made)) as opened:
         state = Trainer(made, opened, loaded, reporter=reporter).train()
     if state == "stopped":  # saved; `ondol resume` goes on

@@ -10,26 +10,13 @@ import pytest
 
 import ondol
 from ondol.errors import OndolError
+from small_run import RECIPE, importable  # noqa: F401
 
 ray = pytest.importorskip("ray")
 
 from ondol.train.on_ray import RayRollouts  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
-
-RECIPE = {
-    "name": "on-ray",
-    "seed": 5,
-    # float64 and one row at a time: then not even the last bit depends on who else is sampled
-    "model": {"path": "tiny:hidden=32,layers=1,context=64", "dtype": "float64"},
-    "task": {"name": "toy:Toy", "calls": False},  # even a random model gets half of it right
-    "env": {"max_turns": 1},
-    "sampling": {"max_tokens": 6},
-    "rollout": {"max_batch": 1},
-    "train": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 4},
-    "method": {"name": "grpo", "kl_coef": 0.0},
-    "evaluate": {"problems": 0},
-}
 
 
 def outcome(run):
@@ -61,7 +48,6 @@ def test_a_node_is_killed(tmp_path, monkeypatch):
 
     with ondol.run(RECIPE, runs=tmp_path / "one") as run:
         want = outcome(run)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), "."]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,29 +16,11 @@ from ondol.cli import main
 from ondol.errors import OndolError
 from ondol.train.parallel import Leader
 from ondol.train.report import Reporter
+from small_run import RECIPE, importable  # noqa: F401
 
 pytestmark = pytest.mark.timeout(240)
-RECIPE = {
-    "name": "two",
-    "seed": 5,
-    "model": {"path": "tiny:hidden=32,layers=1,context=64", "dtype": "float64"},
-    "task": {"name": "toy:Toy", "calls": False},  # even a random model gets half of it right
-    "env": {"max_turns": 1},
-    "sampling": {"max_tokens": 6},
-    "train": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 4},
-    "method": {"name": "grpo", "kl_coef": 0.0},
-    "evaluate": {"problems": 0},
-}
 # micro-batches small enough that there is something to share
 SMALL = ("train.tokens_per_microbatch=40", "train.checkpoint_every_steps=1", "rollout.max_batch=1")
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    )
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def outcome(run):

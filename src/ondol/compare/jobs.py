@@ -120,8 +120,8 @@ def digest(table: dict[str, Any], recipe: Recipe, method: bool = True) -> str:
 
 def execute(job: Job, tell: Tell = lambda part, values: None) -> Path:
     """Do what is left of a job; its finished run. Raises KeyboardInterrupt when stopped by a signal (and saved)."""
-    from ondol.models.load import load_model
     from ondol.train.loop import Trainer
+    from ondol.train.plans import load
 
     if done := job.finished:
         return done
@@ -133,8 +133,7 @@ def execute(job: Job, tell: Tell = lambda part, values: None) -> Path:
         table["model"] = table["model"] | {"path": str(model.absolute() / "model")}
         table.pop("warm_start")
     recipe = load_recipe(table)
-    m = recipe.model
-    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora)
+    loaded = load(recipe)
     path = job.run
     opened = Run.open(path, write=True) if path else Run.create(job.folder, recipe.name, to_table(recipe))
     with opened:

@@ -10,17 +10,18 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ondol.cluster.ledger import Bookkeeping
 from ondol.cluster.workers import who_waits, work_on
 from ondol.errors import OndolError
-from ondol.models.load import LoadedModel, load_model
+from ondol.models.load import LoadedModel
 from ondol.recipe import Recipe
 from ondol.records import Group, Trajectory
 from ondol.rollout.driver import Plan
 from ondol.train.dump import groups_of
-from ondol.train.plans import Asked, make_engine, plan_of
+from ondol.train.plans import Asked, load, make_engine, plan_of
 
 _LOOK_S = 0.02
 _TELL_S = 60.0  # without progress, until it is said who waits for whom
@@ -189,16 +190,29 @@ class Executor(ABC):
                 self._tell(fresh, pending)
 
 
+def executor(recipe: Recipe, loaded: LoadedModel, folder: Path, say: Callable[[str], None]) -> Executor | None:
+    """The one that the recipe names; None: this process plays its rollouts itself. `folder` is for what workers of this machine share."""
+    r = recipe.rollout
+    if not r.processes:
+        return None
+    if r.cluster is not None:
+        from ondol.train.on_ray import RayRollouts
+
+        return RayRollouts(recipe, loaded, r.processes, say=say)
+    from ondol.train.processes import ProcessRollouts
+
+    return ProcessRollouts(recipe, loaded, r.processes, folder=folder, say=say)
+
+
 class Worker:
     """What a worker holds, wherever it runs: the model and an engine over it."""
 
-    def __init__(self, recipe: Recipe, model_path: str, owner: str, threads: int) -> None:
+    def __init__(self, recipe: Recipe, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        m = recipe.model
-        self.recipe, self.owner = recipe, owner
-        self.loaded = load_model(model_path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
+        self.recipe = recipe
+        self.loaded = load(recipe)
         self.engine: Any = make_engine(recipe, self.loaded)
         self.version: int | None = None
 
@@ -206,21 +220,21 @@ class Worker:
         self,
         asked: Asked,
         version: int,
-        load: Callable[[Any, int], None],
+        put: Callable[[Any, int], None],
         ledger: Callable[[], Bookkeeping],
         newest: Callable[[], int],
     ) -> None:
         """Work on a call's episodes until none is left.
 
         Args:
-            version: of the weights to begin with;  load: puts the weights of a version into a model.
+            version: of the weights to begin with;  put: puts the weights of a version into a model.
             newest: the newest version there is; only asked, and then taken up, where the recipe says `train.in_flight`.
         """
         in_flight, looked = self.recipe.train.in_flight, time.monotonic()
         if in_flight:
             version = max(version, newest())
         if version != self.version:
-            load(self.loaded.model, version)
+            put(self.loaded.model, version)
             self.version = version
         self.engine.sync(version)  # with an empty cache, as the parent's engine begins a step
         plan = plan_of(self.recipe, asked)
@@ -231,7 +245,7 @@ class Worker:
                 return
             looked = time.monotonic()
             if (now := newest()) > (self.version or 0):
-                load(self.loaded.model, now)
+                put(self.loaded.model, now)
                 self.version = now
                 self.engine.renew(now)
 

@@ -25,7 +25,7 @@ from ondol.store import Run
 from ondol.train import checkpoint
 from ondol.train.checkpoint import Position
 from ondol.train.dump import groups_of, read_trajectories
-from ondol.train.executor import Ahead, Executor
+from ondol.train.executor import Ahead, Executor, executor
 from ondol.train.filters import Filtered, filtered, is_hopeless
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
@@ -102,7 +102,7 @@ class Trainer:
                 if self.recipe.evaluate.problems and not self.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
-                self.processes = self._executor()
+                self.processes = executor(self.recipe, self.loaded, self.run.path / "workers", self.reporter.warn)
                 for index, stage in enumerate(self.stages):
                     if index >= self.done[0]:
                         self._run_stage(index, stage)
@@ -416,20 +416,6 @@ class Trainer:
         self._evaluate("rl", step, lambda part, values: None)
 
     # -- shared -------------------------------------------------------------------------------------------------
-
-    def _executor(self) -> Executor | None:
-        """Who plays the rollouts of training; None: this process."""
-        r = self.recipe.rollout
-        if not r.processes:
-            return None
-        if r.cluster is not None:
-            from ondol.train.on_ray import RayRollouts
-
-            return RayRollouts(self.recipe, self.loaded, r.processes, say=self.reporter.warn)
-        from ondol.train.processes import ProcessRollouts
-
-        folder = self.run.path / "workers"
-        return ProcessRollouts(self.recipe, self.loaded, r.processes, folder=folder, say=self.reporter.warn)
 
     def _batch(self, step: int) -> list[Group]:
         """The step's rollouts. With staleness those of the next steps begin before it learns."""

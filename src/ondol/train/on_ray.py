@@ -118,9 +118,8 @@ class RayWorker:
     """The actor that plays rollouts."""
 
     def __init__(self, table: dict[str, Any], owner: str, threads: int) -> None:
-        recipe = load_recipe(table)
         self.owner = owner
-        self.worker = Worker(recipe, recipe.model.path, owner, threads)
+        self.worker = Worker(load_recipe(table), threads)
 
     def play(self, asked: Asked, version: int, keeper: Any, number: int) -> None:
         import ray
@@ -154,7 +153,7 @@ class RayRollouts(Executor):
         if self._ours:
             _connect(ray, recipe.rollout.cluster or "local", count, loaded)
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
+            ray.get_runtime_context().get_node_id(), soft=False
         )
         self.ray = ray
         self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()

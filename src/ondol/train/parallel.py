@@ -32,20 +32,21 @@ from torch import Tensor
 
 from ondol.errors import OndolError
 from ondol.methods.base import ActorCritic, Method
-from ondol.models.load import LoadedModel, load_model
+from ondol.models.load import LoadedModel
 from ondol.models.save import put_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
 from ondol.records import Batch, Group, Trajectory
 from ondol.train.critic import CriticLearner
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
+from ondol.train.plans import load
 from ondol.train.updates import NotFinite, Totals
 
 _ANSWER_S = 600.0  # for the others to come to the same point of an update
-_IDLE = timedelta(
-    days=7
-)  # a follower waits for its leader, who samples or evaluates; when that one dies, the wait ends at once
-_START_S = 300.0
+_IDLE_S = (
+    7 * 86400.0
+)  # a follower waits while its leader samples or evaluates; should that one die, the wait ends at once
+_START_S = 300.0  # for all to be there
 _LOG_CHARS = 2000
 
 
@@ -80,8 +81,9 @@ class Processes:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with _told("the processes of the learner cannot reach each other"):
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=_IDLE)
-            self._work = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=_START_S))
+            self._calls: Any = dist.new_group(timeout=timedelta(seconds=_IDLE_S), backend=backend)
+            self._work: Any = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # others may be gone
@@ -146,7 +148,7 @@ class Processes:
         """The leader's object, in every process."""
         box = [command]
         with _told("the leader of the learner's processes, or one of them, was lost"):
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self._calls)
         return box[0]
 
     def tensors(self, of: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
@@ -158,7 +160,7 @@ class Processes:
                 value = torch.empty(shape, dtype=dtype, device=device)
                 if of is not None:
                     value.copy_(of[name])
-                dist.broadcast(value, src=0)
+                dist.broadcast(value, src=0, group=self._calls)
                 out[name] = value
         return out
 
@@ -351,8 +353,7 @@ def follow() -> None:
             if command["do"] == "begin":
                 recipe = load_recipe(command["recipe"])
                 if loaded is None:
-                    m = recipe.model
-                    loaded = load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
+                    loaded = load(recipe)
                 learner = build(recipe, loaded, command["stage"], None, Learner, team=team)
                 for name in command["states"]:
                     state = team.tensors(None, learner.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ondol.engines.torch import TorchEngine
-from ondol.models.load import LoadedModel
+from ondol.models.load import LoadedModel, load_model
 from ondol.recipe import Recipe
 from ondol.rollout.driver import Plan
 from ondol.rollout.masking import Masking
@@ -56,6 +56,12 @@ def plan_of(recipe: Recipe, asked: Asked) -> Plan:
         max_response_tokens=r.rollout.max_response_tokens,
         masking=Masking() if asked.phase == "warm_start" else r.rollout,  # there the traces' own turns are imitated
     )
+
+
+def load(recipe: Recipe) -> LoadedModel:
+    """The model as the recipe sets it."""
+    m = recipe.model
+    return load_model(m.path, dtype=m.dtype, device=m.device, chat=m.chat, lora=m.lora, fused=m.fused)
 
 
 def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:

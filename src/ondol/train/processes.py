@@ -53,7 +53,7 @@ class ProcessRollouts(Executor):
         os.utime(sign, (due, due))
         with (self.folder / f"{owner}.log").open("wb") as log:
             self._workers[owner] = subprocess.Popen(
-                [*command, self.recipe.model.path],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -135,11 +135,11 @@ def _give_signs(path: Path) -> None:
             time.sleep(_SIGN_S)
 
 
-def main(recipe_path: str, owner: str, threads: int, model_path: str) -> None:
+def main(recipe_path: str, owner: str, threads: int) -> None:
     """What a worker does: commands come as JSON lines on its standard input."""
     folder = Path(recipe_path).parent
     threading.Thread(target=_give_signs, args=(folder / f"{owner}.sign",), daemon=True).start()
-    worker = Worker(load_recipe(json.loads(Path(recipe_path).read_text())), model_path, owner, threads)
+    worker = Worker(load_recipe(json.loads(Path(recipe_path).read_text())), threads)
 
     def load(model: Any, version: int) -> None:
         load_weights(model, weights_file(folder, version))

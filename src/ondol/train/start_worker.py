@@ -1,6 +1,6 @@
 """What a rollout worker's process begins with, before anything that takes time to import: it ends with its parent, also when frozen.
 
-python -m ondol.train.start_worker RECIPE OWNER THREADS MODEL      # commands come as JSON lines on its standard input
+python -m ondol.train.start_worker RECIPE OWNER THREADS      # commands come as JSON lines on its standard input
 """
 
 import ctypes
@@ -24,4 +24,4 @@ if __name__ == "__main__":
     end_with_the_parent()
     from ondol.train.processes import main
 
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
