@@ -1,7 +1,7 @@
 """Ours beside the peers, on the same work, in turn. Writes bench/results/<machine>.json and bench/results/<machine>.md.
 
     make bench                                   # everything, about 40 minutes on 2 cores
-    python bench/run.py --works A --rounds 1     # one work, once
+    python bench/run.py --works A --rounds 1     # one work, once; what the files say of the others stays
 
 Each side runs one step in a fresh process (loading is not timed), peer first, then ours on the prompts that the peer really had; rounds
 alternate, and ratios are taken of medians. `floor_s` is what the machine's own matrix-product rate allows for the distinct tokens of the
@@ -92,24 +92,31 @@ def main() -> None:
 
 
 def write(rates: list[dict], ours: dict, peer: dict, continuous: list, threads: int) -> str:
-    """Write the results so far; the table as text. The floor takes the best rate that the machine showed."""
-    rows = table(ours, peer, continuous, max(r.get("mm_gflops", 0) for r in rates))
+    """Write the results so far; the table as text. The floor takes the best rate that the machine showed. What the files say of
+    works that were not measured now stays, with the command, commit and rates that it was measured with."""
+    gflops = [r.get("mm_gflops", 0) for r in rates]
+    rows = table(ours, peer, continuous, max(gflops))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    command = "python bench/" + " ".join(["run.py", *sys.argv[1:]])
     for row in rows:
-        row["commit"] = commit
+        row |= {"commit": commit, "command": command, "gflops": [round(min(gflops)), round(max(gflops))]}
     name = f"{cpu()}-{threads}-threads".lower().replace(" ", "-").replace("(r)", "").replace("@", "")
-    out = HERE / "results" / f"{name}.json"
+    out, now = HERE / "results" / f"{name}.json", {row["work"] for row in rows}
     out.parent.mkdir(exist_ok=True)
+    if out.exists():
+        rows = sorted(
+            [r for r in json.loads(out.read_text()) if r["work"] not in now] + rows,
+            key=lambda r: [*TARGETS].index(r["work"]),
+        )
     out.write_text(json.dumps(rows, indent=1) + "\n")
-    raw = {
-        "command": "python bench/" + " ".join(["run.py", *sys.argv[1:]]),
-        "machine": rates,
-        "ours": ours,
-        "peer": peer,
-        "continuous": continuous,
-    }
-    out.with_suffix(".raw.json").write_text(json.dumps(raw, indent=1) + "\n")
-    text = page(rows, raw)
+    raw_file = out.with_suffix(".raw.json")
+    raw: dict[str, Any] = json.loads(raw_file.read_text()) if raw_file.exists() else {}
+    for work in ours:
+        raw[work] = {"command": command, "machine": rates, "ours": ours[work], "peer": peer[work]}
+        if work == "D":
+            raw[work]["continuous"] = continuous
+    raw_file.write_text(json.dumps(raw, indent=1) + "\n")
+    text = page(rows)
     out.with_suffix(".md").write_text(text)
     return text
 
@@ -161,14 +168,16 @@ def table(ours: dict, peer: dict, continuous: list, gflops: float) -> list[dict[
     return rows
 
 
-def page(rows: list[dict[str, Any]], raw: dict[str, Any]) -> str:
-    lines = [
-        f"`{raw['command']}` on {cpu()}; matrix products at {raw['machine'][0].get('mm_gflops', 0):.0f} GFLOP/s before and "
-        f"{raw['machine'][-1].get('mm_gflops', 0):.0f} after; medians of {max((r.get('rounds', 0) for r in rows), default=0)} rounds.",
-        "",
-        "| work | peer | ours | peer | ratio | target | floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def page(rows: list[dict[str, Any]]) -> str:
+    lines = [f"On {cpu()}:"]
+    for command in dict.fromkeys(r["command"] for r in rows):
+        mine = [r for r in rows if r["command"] == command]
+        low, high = min(r["gflops"][0] for r in mine), max(r["gflops"][1] for r in mine)
+        lines.append(
+            f"- {', '.join(r['work'] for r in mine)}: `{command}`, medians of {max((r.get('rounds', 0) for r in mine), default=0)}, "
+            f"matrix products at {low} to {high} GFLOP/s."
+        )
+    lines += ["", "| work | peer | ours | peer | ratio | target | floor |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         if "failed" in r:
             lines.append(f"| {r['work']} | {r['peer']} | | failed: {r['failed'][0]} | | | |")
