@@ -108,7 +108,7 @@ def test_unknown_papers_and_scales() -> None:
 # -- claims ---------------------------------------------------------------------------------------------------------------
 
 
-LESS_IS_BETTER = ("start/", "orphans", "kv/", "longest_context")
+LESS_IS_BETTER = ("start/", "orphans", "kv/", "longest_context", "turns_again", "formula_off")
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda e: e.id)
@@ -123,7 +123,9 @@ def test_claims_are_judged_by_the_numbers_alone(entry: Entry) -> None:
         for arm in result["arms"].values():
             numbers = {
                 name: random.choice(
-                    (0.95, 1.0, 3.0) if (random.random() < mostly) != name.startswith(LESS_IS_BETTER) else (0.0, 0.1)
+                    (0.95, 1.0, 3.0, 12.0)
+                    if (random.random() < mostly) != name.startswith(LESS_IS_BETTER)
+                    else (0.0, 0.1)
                 )
                 for name in arm["runs"][0]["measured"]
             }
@@ -187,7 +189,7 @@ def test_what_is_shown_is_what_the_file_says(path: Path) -> None:
     assert result["command"].startswith(f"ondol reproduce {entry.id}") and result["commit"] and result["machine"]["cpu"]
     assert {arm.label for arm in paper.arms()} <= set(result["arms"])
     for arm in result["arms"].values():
-        assert [row["seed"] for row in arm["runs"]] == result["seeds"]
+        assert [row["seed"] for row in arm["runs"]] == result["seeds"] or arm["command"].endswith("--long")
         for name, mean in arm["mean"].items():
             values = [v for row in arm["runs"] if (v := row["measured"].get(name)) is not None]
             found = summary(values)
@@ -263,6 +265,32 @@ def test_a_trial_is_never_shown_as_a_result(trial, tmp_path) -> None:
     assert write(real, tmp_path).name == "2509.01563-laptop.json"
     assert read(find("2509.01563"), tmp_path) == real
     assert overview(find("2509.01563"), tmp_path)["state"] == "not held"
+
+
+def test_what_takes_hours_is_added_to_the_rest(tmp_path) -> None:
+    """`--long` measures its own arms; the others' numbers stay with their command, and so the other way round."""
+    entry = find("2509.02479")
+    paper = paper_of(entry)
+    hours = [arm.label for arm in paper.long_arms()]
+    made, arms = (
+        fabricated(paper, 0.5),
+        lambda labels, found: {k: v for k, v in found.items() if (k in hours) == labels},
+    )
+    own = {"commit": "abc", "dirty": False, "machine": {"cpu": "a"}, "changes": [], "seeds": [0, 1, 2]}
+    rest = made | own | {"command": "short", "arms": arms(False, made["arms"])}
+    long = Reproduction(paper, 1, tmp_path / "runs", long=True)
+    assert [a.label for a in long.comparison.arms] == hours
+    mine = {k: v | {"command": "long", "runs": v["runs"][:1]} for k, v in arms(True, made["arms"]).items()}
+    result = made | own | {"command": "long", "arms": mine}
+    both = long.added(result, rest)
+    assert set(both["arms"]) == set(made["arms"]) and both["command"] == "short"
+    claims = both["claims"]
+    assert {(c["command"], c["seeds"]) for c in claims} == {("short", 3), ("long", 1)}
+    short = Reproduction(paper, 1, tmp_path / "runs").added(rest, both)
+    assert short["arms"].keys() == both["arms"].keys() and short["claims"] == claims
+    assert long.added(result, None) == result
+    with pytest.raises(OndolError, match="nothing that takes hours"):
+        Reproduction(paper_of(find("2509.01563")), 1, tmp_path, long=True)
 
 
 def test_no_seeds_no_reproduction(tmp_path) -> None:

@@ -188,7 +188,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of all arms (a trial)"
     )
-    c.add_argument("--long", action="store_true", help="also the arms that take hours, where a paper has any")
+    c.add_argument(
+        "--long",
+        action="store_true",
+        help="only the arms that take hours, where a paper has any; what they show is added to the result",
+    )
     c.add_argument("--folder", metavar="DIR", help="where runs are kept (default: compare/papers)")
     c.add_argument("--results", metavar="DIR", help="where the result is written (default: results/papers)")
 

@@ -14,7 +14,7 @@ from ondol.cli.compare import make
 from ondol.cli.papers import detail
 from ondol.errors import OndolError
 from ondol.papers.base import find
-from ondol.papers.results import Reproduction, check_scale, claims_of, default_folder, overview, runnable, write
+from ondol.papers.results import Reproduction, check_scale, claims_of, default_folder, overview, read, runnable, write
 from ondol.view.comparison import plot_comparison
 
 
@@ -43,8 +43,8 @@ def run(args: Namespace) -> int:
     )
     if not ended:
         return 130
-    result = work.result(command)
     results = Path(args.results) if args.results else default_folder()
+    result = work.added(work.result(command), read(entry, Path(args.results) if args.results else None))
     path = write(result, results)
     comparison = work.comparison
     curves = {arm.label: comparison.curves(arm.label) for arm in comparison.arms}

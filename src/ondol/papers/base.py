@@ -37,13 +37,18 @@ class Outcome:
 
 
 class Measured:
-    """Numbers of a result: arm -> seed -> name -> value. Asking for what is not there raises Missing."""
+    """Numbers of a result: arm -> seed -> name -> value. Asking for what is not there raises Missing.
+
+    `asked` has the arms that were asked for, in order.
+    """
 
     def __init__(self, arms: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
         self.arms = arms
+        self.asked: dict[str, None] = {}
 
     def values(self, arm: str, name: str) -> list[float]:
         """One value a seed, by rising seed."""
+        self.asked[arm] = None
         found = [row[name] for _, row in sorted(self.arms.get(arm, {}).items()) if name in row]
         if not found:
             raise Missing(f"{arm}: {name}")
@@ -139,6 +144,7 @@ class Entry:
 
 #: arXiv number -> where its `Paper` is; strings, so that listing the catalogue imports little
 RUNNING: dict[str, str] = {
+    "2508.20404": "ondol.papers.aworld:PAPER",
     "2508.20722": "ondol.papers.rstar2_agent:PAPER",
     "2509.01055": "ondol.papers.verltool:PAPER",
     "2509.01563": "ondol.papers.keye:PAPER",

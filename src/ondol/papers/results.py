@@ -13,7 +13,7 @@ from ondol.compare.arms import Arm
 from ondol.compare.comparison import Comparison, Watch, machine
 from ondol.compare.statistics import summary
 from ondol.errors import OndolError, nearest
-from ondol.papers.base import SCALES, Claim, Entry, Measured, Outcome, Paper
+from ondol.papers.base import SCALES, Claim, Entry, Measured, Paper
 from ondol.recipe import override
 
 _SHIPPED = Path(__file__).parent / "results"  # in a checkout a link to results/papers
@@ -50,17 +50,19 @@ class Reproduction:
         seeds: 0 ... seeds-1.
         folder: of the runs.
         changes: "a.b=value" settings of all arms, for a trial; its result has a name of its own.
-        long: also the arms that take hours.
+        long: only the arms that take hours, without which the others' result stands; theirs is added to it.
     """
 
     def __init__(self, paper: Paper, seeds: int, folder: Path, changes: Sequence[str] = (), long: bool = False) -> None:
         if seeds < 1:
             raise OndolError(f"{seeds} seeds reproduce nothing", "at least 1; the claims are stated over 3 or more")
-        arms = [*paper.arms(), *(paper.long_arms() if long else ())]
+        arms = list(paper.long_arms() if long else paper.arms())
+        if long and not arms:
+            raise OndolError(f"{paper.id} has nothing that takes hours", "run it without --long")
         for arm in arms:
             for text in changes:
                 override(arm.table, text)
-        self.paper, self.changes = paper, list(changes)
+        self.paper, self.changes, self.long = paper, list(changes), long
         self.comparison = Comparison(arms, range(seeds), folder)
         self.studied: dict[str, dict[int, dict[str, float]]] = {}
 
@@ -69,7 +71,7 @@ class Reproduction:
         self.comparison.run(processes, watch)
         for error in self.comparison.failures.values():
             raise error
-        for name, study in self.paper.studies.items():
+        for name, study in () if self.long else self.paper.studies.items():
             for seed in self.comparison.seeds:
                 note(f"{name}, seed {seed}")
                 self.studied.setdefault(name, {})[seed] = study(self.comparison, seed, self.comparison.folder)
@@ -78,6 +80,8 @@ class Reproduction:
         """Everything that was measured, with what it was measured on."""
         from ondol.store.environment import git_state
 
+        git = git_state(Path(__file__).parent) or {}
+        origin = {"command": command, "commit": git.get("commit"), "dirty": git.get("dirty"), "machine": machine()}
         found = self.comparison.results(self.paper.measure)
         arms: dict[str, Any] = {}
         for arm in self.comparison.arms:
@@ -85,23 +89,31 @@ class Reproduction:
             rows = [{k: _plain(v) for k, v in row.items() if k != "run"} for row in one["runs"]]
             table = self.comparison.jobs[arm.label, self.comparison.seeds[0]].table
             recipe = {k: v for k, v in table.items() if k not in ("seed", "name")}
-            arms[arm.label] = {"recipe": recipe, **_with_summaries(rows)}
+            arms[arm.label] = {"recipe": recipe, **origin, **_with_summaries(rows)}
         for name, seeds in self.studied.items():
             rows = [{"seed": seed, "measured": _plain(values)} for seed, values in seeds.items()]
-            arms[name] = _with_summaries(rows)
-        git = git_state(Path(__file__).parent) or {}
+            arms[name] = origin | _with_summaries(rows)
         out = {
             "version": _FILE_VERSION,
             "paper": self.paper.id,
             "scale": "laptop",
-            "command": command,
+            **origin,
             "changes": self.changes,
-            "commit": git.get("commit"),
-            "dirty": git.get("dirty"),
-            "machine": machine(),
             "seeds": self.comparison.seeds,
             "arms": arms,
         }
+        return out | {"claims": claims_of(self.paper, out)}
+
+    def added(self, result: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+        """`result` beside what an earlier one of the same paper says of arms that were not run now: those that take hours, or all others."""
+        if earlier is None or self.changes or earlier["changes"]:
+            return result
+        own = {
+            k: earlier[k] for k in ("command", "commit", "dirty", "machine")
+        }  # of files that say it once for all arms
+        hours = {arm.label for arm in self.paper.long_arms()}
+        kept = {label: own | arm for label, arm in earlier["arms"].items() if (label in hours) != self.long}
+        out = (earlier if self.long else result) | {"arms": kept | result["arms"]}
         return out | {"claims": claims_of(self.paper, out)}
 
 
@@ -164,12 +176,16 @@ def measured_of(result: dict[str, Any]) -> Measured:
 
 def claims_of(paper: Paper, result: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Each claim with what was seen of it: computed from the measurements, whatever the file says of claims."""
+    return [_claim(c, result) for c in paper.claims]
+
+
+def _claim(claim: Claim, result: dict[str, Any] | None) -> dict[str, Any]:
     measured = measured_of(result) if result is not None else None
-    return [_claim(c, c.outcome(measured), result) for c in paper.claims]
-
-
-def _claim(claim: Claim, outcome: Outcome | None, result: dict[str, Any] | None) -> dict[str, Any]:
-    seen = outcome is not None and result is not None
+    outcome = claim.outcome(measured)
+    arms: list[dict[str, Any]] = []
+    if outcome is not None and measured is not None and result is not None:
+        arms = [result["arms"][label] for label in measured.asked]
+    commands = dict.fromkeys(arm.get("command", result["command"]) for arm in arms) if result else {}
     return {
         "text": claim.text,
         "paper": claim.paper,
@@ -177,8 +193,8 @@ def _claim(claim: Claim, outcome: Outcome | None, result: dict[str, Any] | None)
         "must": claim.must,
         "measured": outcome.measured if outcome else None,
         "held": outcome.held if outcome else None,
-        "seeds": len(result["seeds"]) if seen and result else 0,
-        "command": result["command"] if seen and result else None,
+        "seeds": min((len(arm["runs"]) for arm in arms), default=0),
+        "command": "; ".join(commands) or None,
     }
 
 
