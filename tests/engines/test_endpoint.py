@@ -357,6 +357,16 @@ def test_an_unknown_finish_reason_is_an_end(server: Server, odd: Any):
     assert (done.text, done.finish) == ("done", Finish.END)
 
 
+@pytest.mark.parametrize(
+    "logprobs", ["rubbish", {"content": 7}, {"content": [{"token": 1, "logprob": "NaN"}]}, [None], -1]
+)
+def test_log_probs_of_a_server_are_not_used_and_cannot_harm(server: Server, logprobs: Any):
+    """An endpoint's words are evaluated, never trained on: whatever it says of probabilities."""
+    server.script = lambda body, n: says("done", logprobs=logprobs, token_ids=["x", None])
+    [done] = ask(server, request())
+    assert (done.text, done.finish, done.ids, done.logp) == ("done", Finish.END, [], [])
+
+
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
