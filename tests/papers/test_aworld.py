@@ -12,14 +12,14 @@ pytestmark = pytest.mark.timeout(180)
 
 
 def test_the_agent_reads_what_its_tools_say() -> None:
-    asked = "<|im_start|>user\n57*83+item12<|im_end|>"
-    turns = []
-    for result in ("4731", "price\n512", "wrote note.txt", "5243", None):
+    asked, turns = "<|im_start|>user\n57*83+item12+item40<|im_end|>", []
+    for result in ("4731", "price\n512", "price\n100", "5343", "wrote note.txt", "5343", None):
         turns.append(says(asked))
         if result is not None:
             asked += f"{turns[-1]}<result>{result}</result>"
-    assert turns[0] == "<cpython>print(57 * 83)</cpython>" and "item = 12" in turns[1]
-    assert turns[2].endswith("5243</files>") and turns[4] == "5243"
+    assert "57 * 83" in turns[0] and "item = 12" in turns[1] and "item = 40" in turns[2]
+    assert turns[3] == "<cpython>print(product + 512 + 100)</cpython>"
+    assert turns[4].endswith("5343</files>") and turns[6] == "5343"
     assert says("hello") == "I was asked nothing."
     Errands().check(20)
     assert f"(12, {price(12)})" in prices()

@@ -1,8 +1,8 @@
-"""Agents that spend their time waiting: errands of five turns with three tools, over a model that is far away.
+"""Agents that spend their time waiting: errands of seven turns with three tools, over a model that is far away.
 
 The agent is written by hand and reads what its tools say; each of its turns takes as long as if a distant model had said it
-(log-normal, median 0.4 s: card of arXiv 2508.20404). The tools are real: CPython in a sandbox, SQL on SQLite, and files on a
-tool server that is reached over MCP.
+(log-normal, median 0.4 s: card of arXiv 2508.20404). The tools are real: SQL on SQLite here, and CPython and files in a
+sandbox of each trajectory on a tool server that is reached over MCP.
 """
 
 from __future__ import annotations
@@ -34,26 +34,25 @@ from ondol.papers.slow_tools import same_share
 from ondol.records import Finish, Problem, Trajectory
 from ondol.rollout.driver import Plan
 from ondol.tasks.base import DrawnTask
-from ondol.tools.cpython import CPython
 from ondol.tools.mcp import McpTools
 from ondol.tools.sql import Sql
 
-LATENCY_S, LATENCY_SPREAD = 0.4, 0.5  # median of a turn's latency, and standard deviation of its logarithm
-TURNS = 5
+LATENCY_S, LATENCY_SPREAD = 0.4, 0.8  # median of a turn's latency, and standard deviation of its logarithm
+TURNS = 7
 _ITEMS = 90
 _STEP_S = 0.002  # most time that a step without any answer blocks for
 _START_S = 60.0  # for the tool server
 
 _RESULT = re.compile(r"<result>(.*?)</result>", re.DOTALL)
-_QUESTION = re.compile(r"(\d+)\*(\d+)\+item(\d+)")
+_QUESTION = re.compile(r"(\d+)\*(\d+)\+item(\d+)\+item(\d+)")
 
 
 class Errands(DrawnTask):
-    """`57*83+item12`: a product, and the price of an item in a database."""
+    """`57*83+item12+item40`: a product, and the prices of two items in a database."""
 
     def draw(self, random: Random) -> Problem:
-        a, b, item = random.randint(12, 98), random.randint(12, 98), random.randrange(_ITEMS)
-        return Problem("", f"{a}*{b}+item{item}", str(a * b + price(item)))
+        a, b, item, other = *(random.randint(12, 98) for _ in range(2)), *(random.randrange(_ITEMS) for _ in range(2))
+        return Problem("", f"{a}*{b}+item{item}+item{other}", str(a * b + price(item) + price(other)))
 
     def score(self, problem: Problem, response: str) -> float:
         return float(response.strip() == problem.answer)
@@ -77,19 +76,21 @@ def says(conversation: str) -> str:
     question = _QUESTION.search(conversation)
     if question is None:
         return "I was asked nothing."
-    a, b, item = question.groups()
-    found = [text.strip() for text in _RESULT.findall(conversation)]
-    match found:
-        case []:
-            return f"<cpython>print({a} * {b})</cpython>"
-        case [_]:
-            return f"<sql>select price from items where item = {item}</sql>"
-        case [product, rows]:
-            return f"<files>write note.txt\n{_last_number(product) + _last_number(rows)}</files>"
-        case [_, _, _]:
+    a, b, *items = question.groups()
+    found = [_last_number(text) for text in _RESULT.findall(conversation)]
+    match len(found):
+        case 0:
+            return f"<cpython>product = {a} * {b}; print(product)</cpython>"
+        case 1 | 2:
+            return f"<sql>select price from items where item = {items[len(found) - 1]}</sql>"
+        case 3:
+            return f"<cpython>print(product + {found[1]} + {found[2]})</cpython>"
+        case 4:
+            return f"<files>write note.txt\n{found[3]}</files>"
+        case 5:
             return "<files>read note.txt</files>"
         case _:
-            return str(_last_number(found[3]))
+            return str(found[5])
 
 
 def _last_number(text: str) -> int:
@@ -145,10 +146,10 @@ class FarAway:
         self.version = version
 
 
-def job(seed: int, count: int, files: str, calls: str) -> tuple[Any, Any, Plan]:
-    """`count` errands, for `ondol.cluster.workers`. `files`: where the tool server speaks MCP;  calls: see `FarAway`."""
+def job(seed: int, count: int, server: str, calls: str) -> tuple[Any, Any, Plan]:
+    """`count` errands, for `ondol.cluster.workers`. `server`: where the tool server speaks MCP;  calls: see `FarAway`."""
     loaded, task = load_model("tiny:context=4096"), Errands(seed=seed)
-    tools = (CPython(), Sql(script=prices()), McpTools(url=files))
+    tools = (Sql(script=prices()), McpTools(url=server))
     env = ToolEnv(tools=tools, max_turns=TURNS, system="")
     problems = [task.problem(i) for i in range(count)]
     plan = Plan(task, env, problems, 1, Sampling(max_tokens=256), (seed, 0), overlap_tools=True)
@@ -156,9 +157,9 @@ def job(seed: int, count: int, files: str, calls: str) -> tuple[Any, Any, Plan]:
 
 
 @contextlib.contextmanager
-def file_server() -> Iterator[str]:
-    """A tool server with the tool `files` in a process of its own; where it speaks MCP."""
-    command = [sys.executable, "-m", "ondol", "tools", "serve", "--json", "--port", "0", "--tools", "files"]
+def tool_server() -> Iterator[str]:
+    """A tool server in a process of its own; where it speaks MCP."""
+    command = [sys.executable, "-m", "ondol", "tools", "serve", "--json", "--port", "0", "--tools", "cpython,files"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -187,10 +188,10 @@ class Timed:
     calls: int
 
 
-def in_process(seed: int, count: int, files: str, at_once: int, folder: Path) -> Timed:
+def in_process(seed: int, count: int, server: str, at_once: int, folder: Path) -> Timed:
     """Play them here, `at_once` at a time."""
     calls = folder / f"calls-{at_once}"
-    engine, renderer, plan = job(seed, count, files, str(calls))
+    engine, renderer, plan = job(seed, count, server, str(calls))
     path, ends = folder / f"episodes-{at_once}.sqlite", []
     ledger = Ledger(path, "here")
     ledger.add(plan.keys)
@@ -203,10 +204,12 @@ def in_process(seed: int, count: int, files: str, at_once: int, folder: Path) ->
     return Timed(seconds, [done[key] for key in plan.keys], episode_s, _lines(calls))
 
 
-def by_processes(seed: int, count: int, files: str, folder: Path, workers: int = 4, at_once: int = 8) -> dict[str, Any]:
+def by_processes(
+    seed: int, count: int, server: str, folder: Path, workers: int = 4, at_once: int = 8
+) -> dict[str, Any]:
     """Play them in worker processes, and kill one when a quarter is done."""
     calls, killed = folder / "calls-processes", {"episodes": 0}
-    words = {"seed": seed, "count": count, "files": files, "calls": str(calls)}
+    words = {"seed": seed, "count": count, "server": server, "calls": str(calls)}
 
     def watch(processes: list[subprocess.Popen[bytes]]) -> None:
         if killed["episodes"]:
@@ -236,14 +239,14 @@ def by_processes(seed: int, count: int, files: str, folder: Path, workers: int =
 
 def measure(seed: int, count: int = 64, at_once: int = 16) -> dict[str, float]:
     """One after the other, `at_once` at a time, and by four processes of which one is killed."""
-    with tempfile.TemporaryDirectory() as temporary, file_server() as files:
+    with tempfile.TemporaryDirectory() as temporary, tool_server() as server:
         folder = Path(temporary)
-        in_process(seed, 2, files, 2, folder)  # the sandbox's own processes start once for all
+        in_process(seed, 2, server, 2, folder)  # the sandboxes' own processes start once for all
         (folder / "episodes-2.sqlite").unlink()
-        slow = in_process(seed, count, files, 1, folder)
-        quick = in_process(seed, count, files, at_once, folder)
-        many = by_processes(seed, count, files, folder)
-    waited = sum(latency(seed, (0, p, turn)) for p in range(count) for turn in range(TURNS))
+        slow = in_process(seed, count, server, 1, folder)
+        quick = in_process(seed, count, server, at_once, folder)
+        many = by_processes(seed, count, server, folder)
+    waited = sum(latency(seed, (p, 0, turn)) for p in range(count) for turn in range(TURNS))
     total, longest = sum(slow.episode_s), max(slow.episode_s)
     return {
         "sequential_s": slow.seconds,
