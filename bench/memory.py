@@ -1,6 +1,6 @@
 """Peak memory of one learner update over batch, length, micro-batch and vocabulary. Writes bench/results/memory.json and docs/memory.png.
 
-    python bench/memory.py          # about 3 minutes
+    python bench/memory.py          # about 5 minutes
 
 Each point is a process of its own: its peak resident memory less what it had before the update (with weights, and their gradients and
 optimiser state counted apart, since those follow the model). A model of 12 layers of width 256 from scratch.
@@ -73,7 +73,7 @@ def main() -> None:
         "prompts": [2, 4, 8, 16, 32],
         "new": [16, 32, 64, 128],
         "tokens": [600, 1024, 2048, 4096],
-        "vocabulary": [4096, 16384, 49152, 98304],
+        "vocabulary": [4096, 16384, 49152, 98304, 196608],
     }
     found = []
     for axis, values in sweeps.items():
@@ -115,8 +115,8 @@ def draw(found: list[dict], path: Path) -> None:
         ax.set_xscale("log", base=2)
         ax.set_xticks([r[axis] for r in rows], [f"{r[axis]}" for r in rows], fontsize=7)
         ax.set_xlabel(title, fontsize=9)
-        ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)  # shared, and so set when all is drawn
     axes[0].set_ylabel("MiB of one update,\nbeside weights, gradients and AdamW", fontsize=9)
     figure.savefig(path, dpi=120)
 

@@ -189,7 +189,11 @@ def test_what_is_shown_is_what_the_file_says(path: Path) -> None:
     assert result["command"].startswith(f"ondol reproduce {entry.id}") and result["commit"] and result["machine"]["cpu"]
     assert {arm.label for arm in paper.arms()} <= set(result["arms"])
     for arm in result["arms"].values():
-        assert [row["seed"] for row in arm["runs"]] == result["seeds"] or arm["command"].endswith("--long")
+        assert (
+            [row["seed"] for row in arm["runs"]] == result["seeds"]
+            or " --only " in arm["command"]
+            or " --long" in arm["command"]
+        )
         for name, mean in arm["mean"].items():
             values = [v for row in arm["runs"] if (v := row["measured"].get(name)) is not None]
             found = summary(values)
@@ -278,7 +282,7 @@ def test_what_takes_hours_is_added_to_the_rest(tmp_path) -> None:
     )
     own = {"commit": "abc", "dirty": False, "machine": {"cpu": "a"}, "changes": [], "seeds": [0, 1, 2]}
     rest = made | own | {"command": "short", "arms": arms(False, made["arms"])}
-    long = Reproduction(paper, 1, tmp_path / "runs", long=True)
+    long = Reproduction(paper, 1, tmp_path / "runs", only=hours)
     assert [a.label for a in long.comparison.arms] == hours
     mine = {k: v | {"command": "long", "runs": v["runs"][:1]} for k, v in arms(True, made["arms"]).items()}
     result = made | own | {"command": "long", "arms": mine}
@@ -289,8 +293,11 @@ def test_what_takes_hours_is_added_to_the_rest(tmp_path) -> None:
     short = Reproduction(paper, 1, tmp_path / "runs").added(rest, both)
     assert short["arms"].keys() == both["arms"].keys() and short["claims"] == claims
     assert long.added(result, None) == result
-    with pytest.raises(OndolError, match="nothing that takes hours"):
-        Reproduction(paper_of(find("2509.01563")), 1, tmp_path, long=True)
+    with pytest.raises(OndolError, match="did you mean 'kept'"):
+        Reproduction(paper, 1, tmp_path, only=["kep"])
+    study = Reproduction(paper_of(find("2509.01563")), 1, tmp_path / "runs", only=["hints"])
+    study.run()
+    assert set(study.result("hints alone")["arms"]) == {"hints"} and not list((tmp_path / "runs").glob("runs/*"))
 
 
 def test_no_seeds_no_reproduction(tmp_path) -> None:

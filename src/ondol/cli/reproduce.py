@@ -35,7 +35,10 @@ def run(args: Namespace) -> int:
             console.print("not run here: only the laptop scale is")
         return 0
     folder = Path(args.folder) if args.folder else Path("compare") / "papers"
-    work = Reproduction(paper, args.seeds, folder, args.set, args.long)
+    only = [*args.only, *(arm.label for arm in paper.long_arms() if args.long)]
+    if args.long and not paper.long_arms():
+        raise OndolError(f"{entry.id} has nothing that takes hours", "run it without --long")
+    work = Reproduction(paper, args.seeds, folder, args.set, only)
     command = _command(args, entry.id)
     console.print(Text(f"{entry.id}  {entry.title}: {paper.scales['laptop']}", "bold"))
     ended = make(
@@ -68,5 +71,7 @@ def _command(args: Namespace, paper: str) -> str:
     words = ["ondol", "reproduce", paper, "--scale", args.scale, "--seeds", str(args.seeds)]
     for text in args.set:
         words += ["--set", text]
+    for name in args.only:
+        words += ["--only", name]
     words += ["--long"] if args.long else []
     return shlex.join(words + (["--jobs", str(args.jobs)] if args.jobs != 1 else []))

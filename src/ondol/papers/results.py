@@ -50,28 +50,40 @@ class Reproduction:
         seeds: 0 ... seeds-1.
         folder: of the runs.
         changes: "a.b=value" settings of all arms, for a trial; its result has a name of its own.
-        long: only the arms that take hours, without which the others' result stands; theirs is added to it.
+        only: these arms and studies; what an earlier result says of the others can be kept (`added`). () stands for all but those that take hours.
     """
 
-    def __init__(self, paper: Paper, seeds: int, folder: Path, changes: Sequence[str] = (), long: bool = False) -> None:
+    def __init__(
+        self, paper: Paper, seeds: int, folder: Path, changes: Sequence[str] = (), only: Sequence[str] = ()
+    ) -> None:
         if seeds < 1:
             raise OndolError(f"{seeds} seeds reproduce nothing", "at least 1; the claims are stated over 3 or more")
-        arms = list(paper.long_arms() if long else paper.arms())
-        if long and not arms:
-            raise OndolError(f"{paper.id} has nothing that takes hours", "run it without --long")
+        arms = list(paper.arms())
+        long = list(paper.long_arms())
+        known = [*(a.label for a in (*arms, *long)), *paper.studies]
+        for name in only:
+            if name not in known:
+                raise OndolError(f"{paper.id} has no arm or study '{name}'", nearest(name, known))
+        self.only, self.arms = list(only), list(only) if only else [a.label for a in arms]
+        arms = [
+            a for a in (*arms, *long) if a.label in self.arms
+        ] or arms  # studies may ask for arms that were run before
         for arm in arms:
             for text in changes:
                 override(arm.table, text)
-        self.paper, self.changes, self.long = paper, list(changes), long
+        self.paper, self.changes = paper, list(changes)
         self.comparison = Comparison(arms, range(seeds), folder)
         self.studied: dict[str, dict[int, dict[str, float]]] = {}
 
     def run(self, processes: int = 1, watch: Watch | None = None, note: Callable[[str], None] = lambda t: None) -> None:
         """Do what is left. Raises KeyboardInterrupt when stopped (saved), OndolError when an arm failed."""
-        self.comparison.run(processes, watch)
+        if any(arm.label in self.arms for arm in self.comparison.arms):
+            self.comparison.run(processes, watch)
         for error in self.comparison.failures.values():
             raise error
-        for name, study in () if self.long else self.paper.studies.items():
+        for name, study in self.paper.studies.items():
+            if self.only and name not in self.only:
+                continue
             for seed in self.comparison.seeds:
                 note(f"{name}, seed {seed}")
                 self.studied.setdefault(name, {})[seed] = study(self.comparison, seed, self.comparison.folder)
@@ -84,7 +96,7 @@ class Reproduction:
         origin = {"command": command, "commit": git.get("commit"), "dirty": git.get("dirty"), "machine": machine()}
         found = self.comparison.results(self.paper.measure)
         arms: dict[str, Any] = {}
-        for arm in self.comparison.arms:
+        for arm in (a for a in self.comparison.arms if a.label in self.arms):
             one = found["arms"][arm.label]
             rows = [{k: _plain(v) for k, v in row.items() if k != "run"} for row in one["runs"]]
             table = self.comparison.jobs[arm.label, self.comparison.seeds[0]].table
@@ -105,15 +117,14 @@ class Reproduction:
         return out | {"claims": claims_of(self.paper, out)}
 
     def added(self, result: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-        """`result` beside what an earlier one of the same paper says of arms that were not run now: those that take hours, or all others."""
+        """`result` beside what an earlier one of the same paper says of arms and studies that were not run now."""
         if earlier is None or self.changes or earlier["changes"]:
             return result
         own = {
             k: earlier[k] for k in ("command", "commit", "dirty", "machine")
         }  # of files that say it once for all arms
-        hours = {arm.label for arm in self.paper.long_arms()}
-        kept = {label: own | arm for label, arm in earlier["arms"].items() if (label in hours) != self.long}
-        out = (earlier if self.long else result) | {"arms": kept | result["arms"]}
+        kept = {label: own | arm for label, arm in earlier["arms"].items() if label not in result["arms"]}
+        out = (earlier if self.only else result) | {"arms": kept | result["arms"]}
         return out | {"claims": claims_of(self.paper, out)}
 
 

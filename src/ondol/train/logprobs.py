@@ -12,9 +12,10 @@ from ondol.errors import OndolError
 from ondol.models import forward
 from ondol.records import Batch, Segment
 
-#: rows x vocabulary kept at once by the output layer: up to this the probabilities are kept for the backward pass,
-#: beyond it they are computed again, chunk by chunk
+#: rows x vocabulary up to which the output layer's probabilities are kept for the backward pass; beyond it they are computed again
 HEAD_BUDGET = 1 << 27
+#: rows x vocabulary that it works on at a time: what is not kept never takes more
+HEAD_CHUNK = 1 << 24
 
 
 def target_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -111,7 +112,7 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
 
 
 class _Head(torch.autograd.Function):
-    """logp = log softmax(states @ weight.T / temperature)[target], with one [rows, vocabulary] buffer at a time.
+    """logp = log softmax(states @ weight.T / temperature)[target], in chunks of rows.
 
     d logp / d logits = (onehot - p) / temperature: the backward pass needs only p, kept when it fits the budget and
     recomputed otherwise.
@@ -122,21 +123,20 @@ class _Head(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, target: Tensor, temperature: float, cap: float | None, budget: int
     ):
         rows, vocabulary = states.shape[0], weight.shape[0]
-        chunk = max(1, min(rows, budget // vocabulary)) if rows else 1
-        keep = rows <= chunk
-        logp, entropy, kept = [], [], None
+        chunk = max(1, min(rows, budget // vocabulary, HEAD_CHUNK // vocabulary))
+        wide = torch.promote_types(states.dtype, torch.float32)
+        kept = states.new_empty(rows, vocabulary, dtype=wide) if rows * vocabulary <= budget else None
+        logp, entropy = [], []
         for at in range(0, rows, chunk):
             z = _scaled_logits(states[at : at + chunk], weight, temperature, cap)
             lse = z.logsumexp(dim=-1, keepdim=True)
             z -= lse
             logp.append(z.gather(-1, target[at : at + chunk].unsqueeze(-1)).squeeze(-1))
-            p = z.exp()
+            p = torch.exp(z, out=None if kept is None else kept[at : at + chunk])
             entropy.append(-z.clamp_(min=-1e4).mul_(p).sum(dim=-1))
-            if keep:
-                kept = p
         ctx.save_for_backward(states, weight, target, kept)
         ctx.temperature, ctx.cap, ctx.chunk = temperature, cap, chunk
-        empty = torch.zeros(0, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+        empty = torch.zeros(0, dtype=wide, device=states.device)
         both = (torch.cat(logp), torch.cat(entropy)) if rows else (empty, empty.clone())
         ctx.mark_non_differentiable(both[1])
         return both
@@ -153,7 +153,7 @@ class _Head(torch.autograd.Function):
             z = None
             if kept is None or ctx.cap is not None:
                 z = _scaled_logits(rows, weight, ctx.temperature, ctx.cap)
-            p = kept if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
+            p = kept[part] if kept is not None else torch.softmax(z, dim=-1)  # type: ignore[arg-type]
             d = p * -grad[part].unsqueeze(-1)
             d.scatter_add_(-1, target[part].unsqueeze(-1), grad[part].unsqueeze(-1))
             d /= ctx.temperature
