@@ -207,8 +207,10 @@ def dense_head(states, weight, target, temperature, cap):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("budget", [1, 60, 10**6])  # a row at a time, two rows, all at once
+@pytest.mark.parametrize("chunk", [60, 10**6])  # kept ones too are worked on in chunks
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_head_equals_autograd(cap, temperature, budget, rows):
+def test_head_equals_autograd(cap, temperature, budget, chunk, rows, monkeypatch):
+    monkeypatch.setattr("ondol.train.logprobs.HEAD_CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(29, 6, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -189,6 +189,13 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of all arms (a trial)"
     )
     c.add_argument(
+        "--only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="an arm or a study alone; what the result says of the others stays",
+    )
+    c.add_argument(
         "--long",
         action="store_true",
         help="only the arms that take hours, where a paper has any; what they show is added to the result",
