@@ -113,11 +113,11 @@ def draw(found: list[dict], path: Path) -> None:
         rows = [r for r in found if r["axis"] == axis]
         ax.plot([r[axis] for r in rows], [r["beside_the_model_mib"] for r in rows], "o-", color="#b5542b")
         ax.set_xscale("log", base=2)
-        ax.set_xticks([r[axis] for r in rows], [f"{r[axis]}" for r in rows], fontsize=7)
+        ax.set_xticks([r[axis] for r in rows], [f"{r[axis]}" for r in rows], fontsize=7, rotation=30)
         ax.set_xlabel(title, fontsize=9)
         ax.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0)  # shared, and so set when all is drawn
-    axes[0].set_ylabel("MiB of one update,\nbeside weights, gradients and AdamW", fontsize=9)
+    axes[0].set_ylabel("MiB of one update,\nbeside the model's state", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
