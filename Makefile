@@ -47,7 +47,7 @@ test: $(VENV)/.dev programs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@echo "a short real run of the main job ..."
 	rm -rf .cache/short && $(BIN)/ondol train arithmetic --runs .cache/short \
 		--set evaluate.problems=4 --set evaluate.without_tools=false --set warm_start.problems=8 --set warm_start.epochs=1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread gives the same sums everywhere
@@ -71,10 +72,17 @@ def make_family(family: str, seed: int = 0) -> tuple[Any, Any]:
     return model.float().eval(), tokenizer
 
 
+class Families(dict[str, tuple[Any, Any]]):
+    """family -> (model, tokenizer), see `make_family`; each look-up gives a copy, so that no test changes another's."""
+
+    def __getitem__(self, family: str) -> tuple[Any, Any]:
+        model, tokenizer = super().__getitem__(family)
+        return copy.deepcopy(model), tokenizer
+
+
 @pytest.fixture(scope="session")
-def tiny_families() -> dict[str, tuple[Any, Any]]:
-    """family -> (model, tokenizer), see `make_family`. Shared by all tests: never change one, deepcopy it first."""
-    return {family: make_family(family) for family in FAMILIES}
+def tiny_families() -> Families:
+    return Families({family: make_family(family) for family in FAMILIES})
 
 
 @pytest.fixture(scope="session")
