@@ -91,12 +91,13 @@ def _tries(comparison: Comparison, seed: int, folder: Path) -> dict[str, float]:
 
 def _faster(m: Measured) -> Outcome:
     got, off = m.mean("speed", "speed_up"), abs(m.mean("speed", "of_expected") - 1)
+    worst = max(abs(x - 1) for x in m.values("speed", "of_expected"))
     waiting = min(m.values("speed", "waiting_share"))
     return Outcome(
         got >= 8 and waiting >= 0.9 and off <= 0.35,
         f"{m.text('speed', 'sequential_s', 1)} s one after the other, {m.text('speed', 'concurrent_s', 1)} s with {_AT_ONCE} at once: "
         f"{m.text('speed', 'speed_up', 1)} times, where min({_AT_ONCE}, total / longest) is {m.text('speed', 'expected_speed_up', 1)} "
-        f"({off:.0%} off on the mean of seeds); waiting is {waiting:.0%} of the time or more. A step of the arm practice: rollout "
+        f"({off:.0%} off on the mean of seeds, {worst:.0%} at worst); waiting is {waiting:.0%} of the time or more. A step of the arm practice: rollout "
         f"{m.text('practice', 'rollout_s')} s, training {m.text('practice', 'learner_s')} s",
     )
 
