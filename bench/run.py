@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,9 @@ def write(rates: list[dict], ours: dict, peer: dict, continuous: list, threads: 
     gflops = [r.get("mm_gflops", 0) for r in rates]
     rows = table(ours, peer, continuous, max(gflops))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    command = "python bench/" + " ".join(["run.py", *sys.argv[1:]])
+    command = re.sub(
+        r" --peer-python[ =]\S+", "", "python bench/" + " ".join(["run.py", *sys.argv[1:]])
+    )  # a path of this machine
     for row in rows:
         row |= {"commit": commit, "command": command, "gflops": [round(min(gflops)), round(max(gflops))]}
     name = f"{cpu()}-{threads}-threads".lower().replace(" ", "-").replace("(r)", "").replace("@", "")

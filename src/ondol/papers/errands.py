@@ -185,7 +185,6 @@ class Timed:
     seconds: float
     trajectories: list[Trajectory]
     episode_s: list[float]
-    calls: int
 
 
 def in_process(seed: int, count: int, server: str, at_once: int, folder: Path) -> Timed:
@@ -201,7 +200,7 @@ def in_process(seed: int, count: int, server: str, at_once: int, folder: Path) -
     seconds, done = time.monotonic() - started, ledger.results()
     ledger.close()
     episode_s = [b - a for a, b in zip([started, *ends], ends)]
-    return Timed(seconds, [done[key] for key in plan.keys], episode_s, _lines(calls))
+    return Timed(seconds, [done[key] for key in plan.keys], episode_s)
 
 
 def by_processes(
@@ -217,11 +216,9 @@ def by_processes(
         ledger = Ledger(folder / "episodes.sqlite", "watcher")
         held, done = ledger.holders(), ledger.counts()["done"]
         ledger.close()
-        pids = {p.pid for p in processes}
         if done >= count / 4 and held:
-            # a worker's name is "wN-...": the N-th that was started; the process is looked up by its command line
             owner = max(held, key=lambda name: held[name][0])
-            pid = next((p for p in pids if owner in Path(f"/proc/{p}/cmdline").read_text().split("\0")), None)
+            pid = next((p.pid for p in processes if owner in str(p.args)), None)
             if pid is not None:
                 killed["episodes"] = held[owner][0]
                 os.kill(pid, signal.SIGKILL)
