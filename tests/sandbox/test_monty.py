@@ -156,6 +156,33 @@ def test_more_sessions_than_workers_keep_their_states(monkeypatch):
     assert held <= 3 + 2 * (os.cpu_count() or 1) and left == before
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_died_while_idle_does_not_harm_the_session_that_needs_room(monkeypatch, how):
+    monkeypatch.setattr(monty, "MAX_WORKERS", 1)
+    monkeypatch.setattr(monty, "_DUMP_S", 0.3)
+
+    async def go():
+        a, b = session("a"), session("b")
+        await a.run("x = 1")
+        pid = a._live.worker_pid
+        os.kill(pid, how)
+        try:
+            other = await b.run("x = 2\nx")  # takes the room of a, whose worker can no more give its state
+            lost, fresh, again = await a.run("x"), await a.run("3"), await b.run("x")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await a.close()
+        await b.close()
+        return other, lost, fresh, again, monty._workers.taken
+
+    before = monty._workers.taken
+    other, lost, fresh, again, left = asyncio.run(go())
+    assert other.text == "2" and again.text == "2" and left == before
+    assert lost.kind == "crashed" and lost.text == f"{monty.CRASHED}\n{RESTARTED}"
+    assert fresh.text == "3"
+
+
 def test_a_cancelled_call_loses_its_interpreter_only():
     async def go():
         s = session(timeout_s=5)

@@ -34,12 +34,14 @@ from ondol.sandbox.turns import TURN_S, turn
 
 MAX_WORKERS = 128  # worker processes that sessions may hold between their calls
 CLOCK = datetime(2025, 1, 1, 12, 0, 0)
+CRASHED = "SandboxError: the interpreter crashed"
 RESTARTED = "(the interpreter was restarted: earlier variables are gone)"
 CUT = "\n...(truncated)...\n"
 
 _OUTPUT_BYTES = 1 << 20  # printed per call; a flood must not fill our memory
 _GRACE_S = 2.0  # beyond the sandbox's own limit, and its pool's (1 s more), before we give a call up ourselves
 _WORKER_S = 15.0  # for a worker to start, to restore a session or to hand it back
+_DUMP_S = 5.0  # for an idle worker to give its session's state; less than the above, which another session is waiting for
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -58,6 +60,7 @@ class MontySession:
         self.seed, self.timeout_s, self.memory_bytes, self.output_chars = seed, timeout_s, memory_bytes, output_chars
         self._live: Any = None  # the pool's session, while we hold a worker
         self._parked: bytes | None = None  # our state, while we hold none
+        self._lost = False  # the worker died between two calls, and the next one has to say so
         self._lock = asyncio.Lock()  # one call at a time, and no parking in the middle of one
 
     async def run(self, code: str) -> ToolResult:
@@ -86,12 +89,16 @@ class MontySession:
     async def close(self) -> None:
         """Forget the state and hand the worker back. May be called twice."""
         async with self._lock:
+            self._lost = False
             await self._give_back()
 
     async def _call(self, code: str, sink: Any) -> tuple[str, str]:
         """(kind, last lines of the text). Afterwards we hold a worker whose state is sound, or none."""
         from pydantic_monty import MontyCrashedError, MontyError, MontyRuntimeError, MontySyntaxError
 
+        lost, self._lost = self._lost, False
+        if lost:
+            return "crashed", CRASHED
         try:
             await self._take_worker()
         except (OSError, RuntimeError, MontyError) as e:  # OSError: TimeoutError is one
@@ -112,7 +119,7 @@ class MontySession:
                 limit = "printed more than 1 MiB" if flood else f"more than {self.memory_bytes / 2**20:g} MiB in use"
                 kind, last = "memory", f"MemoryError: {limit}"
         except MontyCrashedError as e:
-            kind, last = ("timeout", too_long) if e.timed_out else ("crashed", "SandboxError: the interpreter crashed")
+            kind, last = ("timeout", too_long) if e.timed_out else ("crashed", CRASHED)
         except TimeoutError:
             kind, last = "timeout", too_long
         except (MontyError, RuntimeError, ValueError, TypeError, RecursionError) as e:
@@ -163,12 +170,22 @@ class MontySession:
                 await live.load_session(parked)
 
     async def _park(self) -> None:
-        """Keep the state here and hand the worker back."""
+        """Keep the state here and hand the worker back. A worker found dead is this session's loss, not the caller's."""
+        from pydantic_monty import MontyError
+
         async with self._lock:
-            if self._live is not None:
-                state = await self._live.dump()
+            if self._live is None:
+                return
+            state = None
+            try:
+                async with asyncio.timeout(_DUMP_S):
+                    state = await self._live.dump()
                 await self._give_back()
-                self._parked = state
+            except (OSError, RuntimeError, MontyError):  # OSError: TimeoutError is one
+                pass
+            finally:  # also when we are cancelled: half a dump is no state
+                self._drop()
+                self._parked, self._lost = state, state is None
 
     async def _give_back(self) -> None:
         from pydantic_monty import MontyError
