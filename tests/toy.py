@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import zlib
 from random import Random
 
@@ -57,3 +59,16 @@ class OneNaN(GRPO):
     def token_loss(self, x):
         loss, reports = super().token_loss(x)
         return loss.where(x.sequence != self.bad, float("nan")), reports
+
+
+class OneEnds(GRPO):
+    """Of the processes that learn together the second one ends in the middle of its pass."""
+
+    how: str = Field(default="kill", description="kill or raise")
+
+    def token_loss(self, x):
+        if os.environ.get("RANK") == "1":
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("out of luck")
+        return super().token_loss(x)

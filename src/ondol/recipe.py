@@ -175,6 +175,10 @@ class TrainSettings(Part):
         le=64,
         description="processes on this machine that share each update's micro-batches; under torchrun: as many as it has started",
     )
+    fsdp: bool = Field(
+        default=False,
+        description="with several learners: each holds its share of the decoder layers' weights, gradients and optimiser state (FSDP2), not all of them",
+    )
     off_policy: Literal["ratio", "decoupled"] = Field(
         default="ratio",
         description="samples of older weights: corrected for by the method's own ratio, or decoupled (arXiv 2505.24298): the ratio is taken to the "

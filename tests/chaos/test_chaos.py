@@ -20,6 +20,7 @@ import pytest
 
 import ondol
 from ondol.recipe import load_recipe, to_table
+from small_run import has_learned
 
 FAULTS = int(os.environ.get("ONDOL_FAULTS", "4"))
 SEED = int(os.environ.get("ONDOL_CHAOS_SEED", "0"))
@@ -41,10 +42,11 @@ RECIPE = {
     "name": "chaos",
     "seed": 7,
     # float64 and one row at a time: then not even the last bit depends on who else is sampled
-    "model": {"path": "tiny:hidden=32,layers=1,context=64", "dtype": "float64"},
+    "model": {"path": "tiny:hidden=32,layers=1,context=128", "dtype": "float64"},
     "task": {"name": "toy:Toy", "calls": False},
     "env": {"max_turns": 1},
-    "sampling": {"max_tokens": 12},
+    "sampling": {"max_tokens": 24},
+    "optimizer": {"learning_rate": 1e-3},
     "rollout": {"max_batch": 1, "processes": 2, "lease_s": 2.0},
     "train": {"steps": STEPS, "prompts_per_step": 4, "samples_per_prompt": 4, "checkpoint_every_steps": 1},
     "method": {"name": "grpo", "kl_coef": 0.0},
@@ -53,6 +55,7 @@ RECIPE = {
 
 
 def outcome(run):
+    assert has_learned(run)
     trajectories = [t.to_dict() for t in run.db.trajectories(phase="rl")]
     return trajectories, (run.path / "model" / "model.safetensors").read_bytes()
 

@@ -10,7 +10,7 @@ import pytest
 
 import ondol
 from ondol.errors import OndolError
-from small_run import RECIPE, importable  # noqa: F401
+from small_run import RECIPE, has_learned, importable  # noqa: F401
 
 ray = pytest.importorskip("ray")
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(280)
 
 
 def outcome(run):
+    assert has_learned(run)
     trajectories = [t.to_dict() for t in run.db.trajectories(phase="rl")]
     return trajectories, (run.path / "model" / "model.safetensors").read_bytes()
 

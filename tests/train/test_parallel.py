@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from ondol.cli import main
 from ondol.errors import OndolError
 from ondol.train.parallel import Leader
 from ondol.train.report import Reporter
-from small_run import RECIPE, importable  # noqa: F401
+from ondol.train.shards import local
+from small_run import RECIPE, has_learned, importable  # noqa: F401
 
 pytestmark = pytest.mark.timeout(240)
 # micro-batches small enough that there is something to share
@@ -24,6 +26,7 @@ SMALL = ("train.tokens_per_microbatch=40", "train.checkpoint_every_steps=1", "ro
 
 
 def outcome(run):
+    assert has_learned(run)
     metrics = {
         (m.name, m.phase, m.step): m.value
         for m in run.db.metrics()
@@ -41,6 +44,10 @@ def assert_close(found, want):
         torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-9)
 
 
+HOW = pytest.mark.parametrize("how", [pytest.param((), id="whole"), pytest.param(("train.fsdp=true",), id="in shards")])
+
+
+@HOW
 @pytest.mark.parametrize(
     "more",
     [
@@ -53,12 +60,17 @@ def assert_close(found, want):
             id="imitation, then two updates a step with a reference",
         ),
         pytest.param(("method={name='ppo',value_pretraining_steps=1}",), id="a critic, trained before"),
+        pytest.param(("method={name='ppo',critic='shared'}",), id="a critic on the policy's trunk"),
+        pytest.param(
+            ("train.staleness=1", "rollout.processes=1", "train.off_policy='decoupled'", "method.name='grpo'"),
+            id="sampled ahead",
+        ),
     ],
 )
-def test_two_are_one(tmp_path, more):
+def test_two_are_one(tmp_path, more, how):
     with ondol.run(RECIPE, *SMALL, *more, runs=tmp_path / "one") as run:
         want = outcome(run)
-    with ondol.run(RECIPE, *SMALL, *more, "train.learners=2", runs=tmp_path / "two") as run:
+    with ondol.run(RECIPE, *SMALL, *more, *how, "train.learners=2", runs=tmp_path / "two") as run:
         assert_close(outcome(run), want)
     assert len(want[0]) > 10
 
@@ -74,11 +86,12 @@ class Stop(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_saved_with_two_and_resumed_with_one(tmp_path, monkeypatch):
+@HOW
+def test_saved_with_two_and_resumed_with_one(tmp_path, monkeypatch, how):
     with ondol.run(RECIPE, *SMALL, "train.steps=3", runs=tmp_path / "one") as run:
         want = outcome(run)
     with pytest.raises(KeyboardInterrupt):
-        ondol.run(RECIPE, *SMALL, "train.steps=3", "train.learners=2", runs=tmp_path / "two", reporter=Stop())
+        ondol.run(RECIPE, *SMALL, *how, "train.steps=3", "train.learners=2", runs=tmp_path / "two", reporter=Stop())
     monkeypatch.setattr("ondol.train.loop.Crew", None)  # any more than one would need it
     with ondol.open_run("last", runs=tmp_path / "two") as run:
         recipe = run.path / "recipe.toml"
@@ -88,7 +101,8 @@ def test_saved_with_two_and_resumed_with_one(tmp_path, monkeypatch):
         assert_close(outcome(run), want)
 
 
-def test_one_is_killed(tmp_path, monkeypatch):
+@HOW
+def test_one_is_killed(tmp_path, monkeypatch, how):
     """The run ends with the reason, at once; the checkpoint before it is good."""
     together, steps = Leader._together, []
 
@@ -100,19 +114,76 @@ def test_one_is_killed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Leader, "_together", killed)
     with pytest.raises(OndolError, match=r"was lost.*\(process 1 ended \(signal 9\)"):
-        ondol.run(RECIPE, *SMALL, "train.learners=2", runs=tmp_path)
+        ondol.run(RECIPE, *SMALL, *how, "train.learners=2", runs=tmp_path)
     assert main(["resume", "last", "--runs", str(tmp_path)]) == 0
     with ondol.open_run("last", runs=tmp_path) as run:
         assert [m.step for m in run.db.metrics("score/mean", "rl")] == [1, 2]
 
 
+@HOW
+@pytest.mark.parametrize("end", ["kill", "raise"])
+def test_one_ends_in_the_middle_of_its_pass(tmp_path, how, end):
+    """With shards the others wait for it there; either way the run ends at once, with the reason."""
+    started = time.monotonic()
+    said = {"kill": r"process 1 ended \(signal 9\)", "raise": "out of luck"}[end]
+    with pytest.raises(OndolError, match=said):
+        ondol.run(RECIPE, *SMALL, *how, "train.learners=2", f"method={{name='toy:OneEnds',how='{end}'}}", runs=tmp_path)
+    assert time.monotonic() - started < 60
+
+
+@HOW
 @pytest.mark.parametrize("bad", [0, 11])
-def test_not_finite_in_one_process(tmp_path, bad):
+def test_not_finite_in_one_process(tmp_path, bad, how):
     """What one of them finds in its share, all hear of; nothing is changed, and the next run can be made."""
     with pytest.raises(OndolError, match="loss is not finite at step 1 of 'rl'"):
-        ondol.run(RECIPE, *SMALL, "train.learners=2", f"method={{name='toy:OneNaN',bad={bad}}}", runs=tmp_path)
+        ondol.run(RECIPE, *SMALL, *how, "train.learners=2", f"method={{name='toy:OneNaN',bad={bad}}}", runs=tmp_path)
     with ondol.open_run("last", runs=tmp_path) as run:
         assert run.state == "failed" and not list(run.db.metrics("loss/policy"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("model.dtype='float32'", id="plain"),
+        pytest.param("model={path='tiny:hidden=32,layers=1,context=128',dtype='float32',lora={rank=4}}", id="adapters"),
+        pytest.param("model.dtype='bfloat16'", id="half precision"),
+    ],
+)
+def test_three_hold_a_share_each(tmp_path, model):
+    """Three rows of passes rarely come out even: some are idle. What is learned is near to what one learns, in the precision there is."""
+    made = {}
+    for name, more in {
+        "start": ("optimizer.learning_rate=1e-12",),
+        "one": ("optimizer.learning_rate=1e-3",),
+        "three": ("optimizer.learning_rate=1e-3", "train.fsdp=true", "train.learners=3"),
+    }.items():
+        with ondol.run(RECIPE, *SMALL, model, "train.steps=1", *more, runs=tmp_path / name) as run:
+            made[name] = outcome(run)
+    norm = "gradient/norm", "rl", 1
+    assert made["three"][0][norm] == pytest.approx(made["one"][0][norm], rel=2e-2)
+    start, one, three = (torch.cat([w.float().flatten() for w in made[n][1].values()]) for n in made)
+    far = (three - one).norm() / (one - start).norm()
+    assert far < (0.3 if "bfloat16" in model else 0.02), far
+
+
+def test_a_share_is_a_share(tmp_path, monkeypatch):
+    """What this process holds of the decoder layers, of gradients and of Adam's means is about a half."""
+    held = {}
+    together = Leader._together
+
+    def seen(self: Leader, what, *args):
+        found = together(self, what, *args)
+        layers = [(n, p) for n, p in zip(self.optimizer.names, self.optimizer.masters) if ".layers." in n]
+        held["layers"] = [p for _, p in layers]
+        held["means"] = [v for n, v in self.optimizer.state().items() if n.startswith("exp_avg/") and ".layers." in n]
+        return found
+
+    monkeypatch.setattr(Leader, "_together", seen)
+    with ondol.run(RECIPE, *SMALL, "train.fsdp=true", "train.learners=2", runs=tmp_path) as run:
+        whole = load_file(run.path / "model" / "model.safetensors")
+    total = sum(v.numel() for n, v in whole.items() if ".layers." in n)
+    for kind in ("layers", "means"):
+        assert sum(local(t).numel() for t in held[kind]) == pytest.approx(total / 2, rel=0.05)
 
 
 def test_under_torchrun(tmp_path):

@@ -12,12 +12,13 @@ from ondol.cli import main
 from ondol.errors import OndolError
 from ondol.train.processes import ProcessRollouts
 from ondol.train.report import Reporter
-from small_run import RECIPE, importable  # noqa: F401
+from small_run import RECIPE, has_learned, importable  # noqa: F401
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def outcome(run):
+    assert has_learned(run)
     trajectories = [t.to_dict() for t in run.db.trajectories(phase="rl")]
     metrics = {
         (m.name, m.step): m.value

@@ -41,7 +41,7 @@ CUT = "\n...(truncated)...\n"
 _OUTPUT_BYTES = 1 << 20  # printed per call; a flood must not fill our memory
 _GRACE_S = 2.0  # beyond the sandbox's own limit, and its pool's (1 s more), before we give a call up ourselves
 _WORKER_S = 15.0  # for a worker to start, to restore a session or to hand it back
-_DUMP_S = 5.0  # for an idle worker to give its session's state; less than the above, which another session is waiting for
+_DUMP_S = 5.0  # for an idle worker to give its session's state: another session waits for it
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -34,12 +34,12 @@ def save(
     Raises OndolError (disk full, say) with the older ones untouched.
     """
 
+    state = learner.state()
+
     def write(folder: Path) -> None:
         save_tensors(weights(loaded.model), folder / "model.safetensors")
-        save_tensors(learner.optimizer.state(), folder / "optimizer.safetensors")
-        if learner.critic is not None:
-            save_tensors(learner.critic.critic.trainable(), folder / "critic.safetensors")
-            save_tensors(learner.critic.optimizer.state(), folder / "critic-optimizer.safetensors")
+        for part, tensors in state.items():
+            save_tensors(tensors, folder / f"{part}.safetensors")
         if ahead:
             (folder / "ahead.jsonl").write_text("".join(json.dumps(t.to_dict()) + "\n" for t in ahead))
         (folder / "state.json").write_text(json.dumps(asdict(position)))
@@ -64,14 +64,10 @@ def load_learner(path: Path, learner: Learner) -> None:
     one."""
     from safetensors.torch import load_file
 
-    learner.optimizer.load_state(load_file(path / "optimizer.safetensors"))
-    if learner.critic is not None:
-        if not (path / "critic.safetensors").exists():
-            raise OndolError(
-                f"checkpoint {path.name} holds no critic", "resume with the method that the run began with"
-            )
-        learner.critic.critic.load(load_file(path / "critic.safetensors"))
-        learner.critic.optimizer.load_state(load_file(path / "critic-optimizer.safetensors"))
+    if learner.critic is not None and not (path / "critic.safetensors").exists():
+        raise OndolError(f"checkpoint {path.name} holds no critic", "resume with the method that the run began with")
+    for part in ("optimizer", *(("critic", "critic-optimizer") if learner.critic is not None else ())):
+        learner.load_state(part, load_file(path / f"{part}.safetensors"))
 
 
 def forget(run: Run, stages: Sequence[tuple[str, int, bool]], done: tuple[int, int]) -> None:

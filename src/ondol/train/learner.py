@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ondol.errors import OndolError
 from ondol.methods.base import ActorCritic, Method, TokenInputs
@@ -19,7 +20,9 @@ from ondol.records import Batch, Group, Trajectory
 from ondol.train.credit import credit
 from ondol.train.logprobs import log_probs
 from ondol.train.off_policy import correct, is_stale
+from ondol.train.optimizer import Optimizer
 from ondol.train.packing import Sequence_
+from ondol.train.shards import is_sharded, shard, whole
 from ondol.train.updates import Updater
 
 _FAR = 20.0  # log-ratios are held within this for a metric: e^20 is far enough
@@ -35,6 +38,58 @@ class Learner(Updater):
         super().__init__(*args, **settings)
         self.memory: dict[str, Any] = {}
         self.importance_cap = importance_cap
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def parts(self, *, critic: bool = True) -> dict[str, dict[str, Tensor]]:
+        """What the next update depends on besides the weights, by part and name, as this process has it."""
+        out = {"optimizer": self.optimizer.state()}
+        if critic and self.critic is not None:
+            out |= {"critic": self.critic.critic.trainable(), "critic-optimizer": self.critic.optimizer.state()}
+        return out
+
+    def state(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """The same, whole, for a checkpoint. Of a sharded model all processes ask together; those that do not `keep` it get nothing."""
+        return {
+            part: {name: found for name, t in tensors.items() if (found := whole(t)) is not None and keep}
+            for part, tensors in self.parts().items()
+        }
+
+    def load_state(self, part: str, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `state` for one of its parts, exactly."""
+        if part == "optimizer":
+            self.optimizer.load_state(tensors)
+        elif part == "critic":
+            self._critic.critic.load(tensors)
+        else:
+            self._critic.optimizer.load_state(tensors)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the model, of a reference and of a critic's trunk, each with its optimiser's state.
+
+        They are changed in place. A critic of an earlier stage that is in shards already stays as it is.
+        """
+        before = self.optimizer.state()
+        shard(self.model, mesh)
+        self.optimizer = Optimizer(self.model, self.optimizer.settings)
+        self.optimizer.load_state(before)
+        if self.reference is not None:
+            shard(self.reference, mesh)
+        critic = self.critic
+        if critic is not None and critic.critic.trunk is not None and not is_sharded(critic.critic.trunk):
+            before = critic.optimizer.state()
+            shard(critic.critic.trunk, mesh)
+            critic.optimizer = Optimizer(critic.critic, critic.optimizer.settings)
+            critic.optimizer.load_state(before)
+
+    @torch.no_grad()
+    def publish(self, model: nn.Module | None) -> None:
+        """Put the weights of a sharded model into a whole one; all processes ask together, and one has somewhere to put them."""
+        into = dict(model.named_parameters()) if model is not None else {}
+        for name, parameter in zip(self.optimizer.names, self.optimizer.live):
+            value = whole(parameter)
+            if model is not None:
+                into[name].copy_(value)
 
     # -- reinforcement learning ---------------------------------------------------------------------------------
 

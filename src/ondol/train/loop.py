@@ -98,6 +98,8 @@ class Trainer:
                     check_tokens(self.loaded, self.dump, "the dump")
                 if max(self.recipe.train.learners, world()) > 1:
                     self.crew = Crew(self.recipe, self.loaded, self.recipe.train.learners)
+                elif self.recipe.train.fsdp:
+                    self.reporter.warn("train.fsdp is for several learners (train.learners): this one holds everything")
                 self._restore()
                 if self.recipe.evaluate.problems and not self.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")

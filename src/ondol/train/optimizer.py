@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ondol.recipe import OptimizerSettings
+from ondol.train.shards import as_is, squared_norm
 
 
 class Optimizer:
     """AdamW over a model's trainable parameters.
 
     Half-precision parameters get a float32 master copy, and a float32 sum of their gradients: updates and terms too
-    small for bfloat16 would otherwise be lost.
+    small for bfloat16 would otherwise be lost. Of parameters in shards (`ondol.train.shards`) it keeps this process's.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
@@ -22,8 +24,10 @@ class Optimizer:
             p.detach().float().requires_grad_() if p.dtype in (torch.bfloat16, torch.float16) else p for p in self.live
         ]
         self.updates = 0
+        shards = [p for p in self.masters if isinstance(p, DTensor)]
+        others = [p for p in self.masters if not isinstance(p, DTensor)]
         self._adam = torch.optim.AdamW(
-            self.masters,
+            [{"params": group} for group in (others, shards) if group],  # a fused step takes one kind or the other
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
@@ -49,6 +53,10 @@ class Optimizer:
         grads = [p.grad for p in self.masters if p.grad is not None]
         if not grads:
             return torch.zeros(())
+        shards = [g for g in grads if isinstance(g, DTensor)]
+        if shards:
+            others = [g for g in grads if not isinstance(g, DTensor)]
+            return (squared_norm(others, _wide(grads[0])) + squared_norm(shards, _wide(grads[0]))).sqrt()
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g)) for g in grads]))
 
     @property
@@ -92,10 +100,13 @@ class Optimizer:
         with torch.no_grad():
             for name, master, live in zip(self.names, self.masters, self.live):
                 if master is not live:
-                    master.copy_(state[f"master/{name}"])
+                    master.copy_(as_is(state[f"master/{name}"], master))
                 keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in state]
                 if keys:
-                    self._adam.state[master] = {k: state[f"{k}/{name}"].to(master.device).clone() for k in keys}
+                    own = {k: state[f"{k}/{name}"] for k in keys}
+                    self._adam.state[master] = {
+                        k: (v.to(master.device) if k == "step" else as_is(v, master)).clone() for k, v in own.items()
+                    }
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -1,19 +1,20 @@
 """One learner made of several processes: each computes some of an update's micro-batches, and their gradients are summed.
 
 The first process leads: it samples, records and evaluates as ever, and tells the others what to learn from. Every process holds the whole model and optimiser (data
-parallelism) and makes the same update, so a checkpoint is one process's, and a run may be resumed with any number of them. They are started here (`train.learners`), or by
-torchrun, on one machine or many:
+parallelism) and makes the same update; or, with `train.fsdp`, its share of both (`ondol.train.shards`), and the first the whole model to sample from as well. A checkpoint
+is whole in either case, so a run may be resumed with any number of processes. They are started here (`train.learners`), or by torchrun, on one machine or many:
 
     torchrun --nproc-per-node 8 -m ondol train recipe.toml
 
-Processes agree before they add up: when one of them gives up (Ctrl-C, a loss that is not finite), all drop the update. One that dies ends the run with an error, and the
-last checkpoint is good. Sums go over gloo on CPUs and NCCL on GPUs.
+Processes agree before they add up (with `train.fsdp`: before every pass): when one of them gives up (Ctrl-C, a loss that is not finite), all drop the update. One that dies
+ends the run with an error, and the last checkpoint is good. Sums go over gloo on CPUs and NCCL on GPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import re
 import socket
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ondol.errors import OndolError
 from ondol.methods.base import ActorCritic, Method
 from ondol.models.load import LoadedModel
 from ondol.models.save import put_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
-from ondol.records import Batch, Group, Trajectory
+from ondol.records import Batch, Group, Segment, Trajectory
 from ondol.train.critic import CriticLearner
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
@@ -48,6 +51,7 @@ _IDLE_S = (
 )  # a follower waits while its leader samples or evaluates; should that one die, the wait ends at once
 _START_S = 300.0  # for all to be there
 _LOG_CHARS = 2000
+TRAINS = ("reinforce", "imitate")  # what changes the policy
 
 
 def rank() -> int:
@@ -73,7 +77,12 @@ class GaveUp(OndolError):
 
 
 class Processes:
-    """This process's place among those that learn together. Close it."""
+    """This process's place among those that learn together. Close it.
+
+    `sharded` is set where they hold one model between them.
+    """
+
+    sharded = False
 
     def __init__(self, rank: int, size: int, answer_s: float = _ANSWER_S) -> None:
         self.rank, self.size = rank, size
@@ -84,6 +93,8 @@ class Processes:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=_START_S))
             self._calls: Any = dist.new_group(timeout=timedelta(seconds=_IDLE_S), backend=backend)
             self._work: Any = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
+            # shards come and go over connections of their own: an agreement cannot be taken for one
+            self._shards: Any = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # others may be gone
@@ -92,7 +103,14 @@ class Processes:
     # -- updates ------------------------------------------------------------------------------------------------
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This process's micro-batches, in order: the longest first to whoever has least."""
+        """This process's micro-batches, in order: the longest first to whoever has least.
+
+        Of a sharded model all have as many, some an idle one, and make passes of about one length at a time.
+        """
+        if self.sharded and batches:
+            longest = sorted(batches, key=lambda b: -len(b.ids))
+            mine = longest[self.rank :: self.size]
+            return mine + [_idle(longest[0])] * (-(-len(longest) // self.size) - len(mine))
         load = [0] * self.size
         mine = []
         for i in sorted(range(len(batches)), key=lambda i: (-len(batches[i].ids), i)):
@@ -102,10 +120,30 @@ class Processes:
                 mine.append(i)
         return [batches[i] for i in sorted(mine)]
 
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row, for shards on such devices."""
+        return DeviceMesh.from_group(self._shards, device.type)
+
+    def together(self, act: Callable[[], None]) -> Callable[[], None]:
+        """`act` such that what it raises in one process is raised in all, which call it together."""
+
+        def both() -> None:
+            failure = None
+            try:
+                act()
+            except BaseException as e:
+                failure = e
+            self.agree(failure)
+
+        return both
+
     def combine(self, optimizers: Sequence[Optimizer], totals: Totals) -> Totals:
-        """Sum the gradients, in place, and all totals. A parameter without a gradient anywhere stays without."""
+        """Sum the gradients, in place, and all totals. A parameter without a gradient anywhere stays without.
+
+        Those of shards are summed already.
+        """
         self.agree()
-        parameters = [p for o in optimizers for p in o.masters]
+        parameters = [p for o in optimizers for p in o.masters if not isinstance(p, DTensor)]
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         with _told("a process of the learner was lost in the middle of an update"):
             dist.all_reduce(has, dist.ReduceOp.MAX, group=self._work)
@@ -125,7 +163,7 @@ class Processes:
             return Totals.together(self._gather(here))
 
     def agree(self, failure: BaseException | None = None) -> None:
-        """All go on, or nobody does: raises in every process when one of them gives a failure."""
+        """All go on, or nobody does: raises in every process when one of them gives a failure, its own being the cause."""
         flag = torch.tensor(failure is not None, dtype=torch.int32)
         with _told("a process of the learner was lost"):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._work)
@@ -135,7 +173,7 @@ class Processes:
             said = self._gather(None if failure is None else (isinstance(failure, NotFinite), what))
         reasons = [(i, s) for i, s in enumerate(said) if s is not None]
         number, (not_finite, why) = reasons[0]
-        raise GaveUp(why if not_finite else f"process {number} of the learner gave up: {why}", not_finite)
+        raise GaveUp(why if not_finite else f"process {number} of the learner gave up: {why}", not_finite) from failure
 
     def _gather(self, here: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
@@ -170,9 +208,13 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as e:  # what torch.distributed raises when somebody is gone or late
-        why = str(e).splitlines()[0].partition(". This is typically")[0]
-        why = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", why)  # where in gloo's source it was noticed
-        raise Lost(f"{what}: {why}", "go on from the last checkpoint with: ondol resume last") from e
+        raise _lost(what, e) from e
+
+
+def _lost(what: str, e: Exception) -> Lost:
+    why = str(e).splitlines()[0].partition(". This is typically")[0]
+    why = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", why)  # where in gloo's source it was noticed
+    return Lost(f"{what}: {why}", "go on from the last checkpoint with: ondol resume last")
 
 
 def build(
@@ -211,7 +253,10 @@ class Leader(Learner):
     def pretrain_values(self, groups: list[Group], method: ActorCritic) -> dict[str, float]:
         return self._together("pretrain_values", groups, method)
 
-    def _together(self, what: str, *args: Any) -> dict[str, float]:
+    def state(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        return self._together("state") if self.crew.team.sharded else super().state(keep=keep)
+
+    def _together(self, what: str, *args: Any) -> Any:
         team, before = self.crew.team, torch.get_num_threads()
         torch.set_num_threads(self.crew.threads)
         try:
@@ -219,15 +264,24 @@ class Leader(Learner):
             team.tell({"do": what, "args": args, "version": self.version, "memory": self.memory})
             try:
                 found = getattr(super(), what)(*args)
+                if team.sharded and what in TRAINS:
+                    self.publish(self.crew.loaded.model)
             except (Lost, GaveUp):
                 raise
             except BaseException as e:
+                if team.sharded and not isinstance(e, OndolError):  # the others may be in the middle of a pass
+                    self.crew.broken = True
+                    if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError):
+                        raise _lost("a process of the learner was lost in the middle of a pass", e) from e
+                    raise
                 with contextlib.suppress(OndolError):
                     team.agree(e)
                 raise
             team.agree()
             return found
         except GaveUp as e:
+            if e.__cause__ is not None:
+                raise e.__cause__ from None
             raise NotFinite(e.what, None) if e.not_finite else e from None
         except Lost as e:
             said = self.crew.said()
@@ -246,6 +300,7 @@ class Crew:
 
     def __init__(self, recipe: Recipe, loaded: LoadedModel, count: int) -> None:
         self.recipe, self.loaded = recipe, loaded
+        self.broken = False  # the others do not listen any more
         self._begun: Learner | None = None
         self._started: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="ondol-learners-")
@@ -259,6 +314,7 @@ class Crew:
             self.threads = torch.get_num_threads()
         try:
             self.team = Processes(0, size)
+            self.team.sharded = recipe.train.fsdp
         except BaseException:
             self._kill()
             raise
@@ -281,7 +337,10 @@ class Crew:
 
     def learner(self, stage: str, critic: CriticLearner | None, **more: Any) -> Leader:
         """The learner of a training stage, whose work all share."""
-        made = build(self.recipe, self.loaded, stage, critic, Leader, team=self.team, **more)
+        loaded = self.loaded
+        if self.team.sharded:  # sampling goes on with the whole one
+            loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+        made = build(self.recipe, loaded, stage, critic, Leader, team=self.team, **more)
         assert isinstance(made, Leader)
         made.crew, made.stage = self, stage
         return made
@@ -290,14 +349,20 @@ class Crew:
         """Give the others the learner's state, once for each learner."""
         if self._begun is learner:
             return
+        # a critic of the stage before: all have it, each perhaps its share
+        kept = self._begun is not None and self._begun.critic is learner.critic
         self._begun = learner
-        states = _states(learner)
-        self.team.tell({"do": "begin", "recipe": to_table(self.recipe), "stage": learner.stage, "states": list(states)})
+        states = {"weights": weights(learner.model)} | learner.parts(critic=not kept)
+        if learner.reference is not None:
+            states["reference"] = weights(learner.reference)
+        table = to_table(self.recipe)
+        self.team.tell({"do": "begin", "recipe": table, "stage": learner.stage, "states": list(states), "kept": kept})
         for state in states.values():
-            self.team.tensors(state, learner.device)
+            self.team.tensors({k: v.detach() for k, v in state.items()}, learner.device)
+        _begun(learner, self.team)
 
     def close(self) -> None:
-        if all(p.poll() is None for p in self._started):
+        if not self.broken and all(p.poll() is None for p in self._started):
             with contextlib.suppress(OndolError):
                 self.team.tell({"do": "end"})
         self.team.close()
@@ -326,15 +391,18 @@ class Crew:
         self._folder.cleanup()
 
 
-def _states(learner: Learner) -> dict[str, dict[str, Tensor]]:
-    """All that two learners of one recipe and stage may differ in, as tensors by name."""
-    out = {"weights": weights(learner.model), "optimizer": learner.optimizer.state()}
-    if learner.critic is not None:
-        out["critic"] = {k: v.detach() for k, v in learner.critic.critic.trainable().items()}
-        out["critic optimizer"] = learner.critic.optimizer.state()
-    if learner.reference is not None:
-        out["reference"] = weights(learner.reference)
-    return out
+def _begun(learner: Learner, team: Processes) -> None:
+    """Leader and followers have the same state now."""
+    if team.sharded:
+        learner.shard(team.mesh(learner.device))
+        learner.stop = team.together(learner.stop)
+
+
+def _idle(batch: Batch) -> Batch:
+    """A micro-batch of one token and no target, for a process that would have none while others make a pass."""
+    none = batch.only(torch.zeros_like(batch.trained))
+    start = {"ids": batch.ids[:1], "positions": batch.positions[:1], "segments": [Segment(0, 1, None)]}
+    return dataclasses.replace(none, **start, sequence_tokens=0)
 
 
 def _free_port() -> int:
@@ -352,35 +420,43 @@ def follow() -> None:
         while (command := team.tell())["do"] != "end":
             if command["do"] == "begin":
                 recipe = load_recipe(command["recipe"])
+                team.sharded = recipe.train.fsdp
+                critic = learner.critic if learner is not None and command["kept"] else None
+                learner = None
                 if loaded is None:
                     loaded = load(recipe)
-                learner = build(recipe, loaded, command["stage"], None, Learner, team=team)
+                learner = build(recipe, loaded, command["stage"], critic, Learner, team=team)
                 for name in command["states"]:
                     state = team.tensors(None, learner.device)
                     if name == "weights":
                         put_weights(learner.model, state, "the leader")
-                    elif name == "optimizer":
-                        learner.optimizer.load_state(state)
                     elif name == "reference":
                         reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
                         put_weights(reference, state, "the leader")
                         learner.reference = reference
-                    elif learner.critic is not None:
-                        if name == "critic":
-                            learner.critic.critic.load(state)
-                        else:
-                            learner.critic.optimizer.load_state(state)
+                    else:
+                        learner.load_state(name, state)
+                _begun(learner, team)
+                if team.sharded:
+                    loaded = None  # it holds a share now
                 continue
             assert learner is not None
             learner.version, learner.memory = command["version"], command["memory"]
             try:
-                getattr(learner, command["do"])(*command["args"])
+                if command["do"] == "state":
+                    learner.state(keep=False)
+                else:
+                    getattr(learner, command["do"])(*command["args"])
+                if team.sharded and command["do"] in TRAINS:
+                    learner.publish(None)
                 team.agree()
             except GaveUp:  # the leader says what it was
                 continue
             except Lost:
                 raise
             except Exception as e:
+                if team.sharded and not isinstance(e, OndolError):
+                    raise  # others may be in the middle of a pass, and hear of it as this process ends
                 with contextlib.suppress(GaveUp):
                     team.agree(e)
     finally:

@@ -61,6 +61,8 @@ class Totals:
             self.sums[name] = self.sums.get(name, torch.zeros((), device=values.device)) + values.sum()
 
     def count(self, batch: Batch) -> None:
+        if not len(batch.source):  # idle: it keeps other processes company
+            return
         self.targets += int(batch.trained.sum())
         self.tokens += len(batch.ids)
 
@@ -86,7 +88,12 @@ class Totals:
 
 
 class Team(Protocol):
-    """Processes that make one update together; see `ondol.train.parallel`."""
+    """Processes that make one update together; see `ondol.train.parallel`.
+
+    `sharded` says whether they hold one model between them, and so make every pass together.
+    """
+
+    sharded: bool
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """The micro-batches that are this process's."""
@@ -94,6 +101,10 @@ class Team(Protocol):
 
     def combine(self, optimizers: Sequence[Optimizer], totals: Totals) -> Totals:
         """Sum the gradients over all processes, in place; everybody's totals together."""
+        ...
+
+    def agree(self, failure: BaseException | None = None) -> None:
+        """All go on, or nobody does: raises in every process when one of them gives a failure."""
         ...
 
 
@@ -164,10 +175,11 @@ class Updater:
             trained = batch.trained
             # picked out, not multiplied by zero: the loss of a token outside may be NaN, and so may its gradient
             counted = batch.only(trained)
-            losses, reports = loss_fn(logp[trained], counted, None if reference is None else reference[trained])
+            losses, reports = logp[trained], {}
+            if len(batch.source):  # an idle batch has no target, and methods need not know of such
+                losses, reports = loss_fn(losses, counted, None if reference is None else reference[trained])
             loss = (losses * counted.weight.to(losses.dtype)).sum()
-            if not torch.isfinite(loss):
-                raise NotFinite("the loss is not finite", batch)
+            self._settle(None if torch.isfinite(loss) else NotFinite("the loss is not finite", batch))
             if method is not None and self._critic.critic.shared:
                 value = self._critic.critic.of_states(states[trained])
                 (loss + method.value_coef * self._value_loss(value, batch, counted, method, totals)).backward()
@@ -229,6 +241,13 @@ class Updater:
                 optimizer.step(norm)
         return found, [float(norm) for norm in norms], rates
 
+    def _settle(self, failure: NotFinite | None) -> None:
+        """Raise it, if any; in all processes where they make every pass together, so that none waits for another's."""
+        if self.team is not None and self.team.sharded:
+            self.team.agree(failure)
+        if failure is not None:
+            raise failure
+
     # -- the critic ---------------------------------------------------------------------------------------------
 
     @property
@@ -242,8 +261,7 @@ class Updater:
         old, returns, weight = (v.to(value.dtype) for v in (counted.value, counted.returns, counted.weight))
         losses = method.value_loss(value, old, returns)
         loss = (losses * weight).sum()
-        if not torch.isfinite(loss):
-            raise NotFinite("the critic's loss is not finite", batch)
+        self._settle(None if torch.isfinite(loss) else NotFinite("the critic's loss is not finite", batch))
         totals.add("value/loss", losses.detach())
         return loss
 
