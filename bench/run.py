@@ -41,9 +41,11 @@ def side(python: str, script: str, *words: str, threads: int, limit_s: float) ->
 
 
 def cpu() -> str:
+    """Its name, and its vector unit where that makes another machine of it: virtual ones of one name differ there."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        text = Path("/proc/cpuinfo").read_text()
+        name = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+        return f"{name} with AVX-512" if " avx512f " in text else name
     except (OSError, StopIteration):
         return platform.processor()
 

@@ -33,7 +33,7 @@ def test_two_workers_of_a_local_cluster_are_one_process(tmp_path, monkeypatch):
 
     def tell(self, owner, pending):
         if pending.asked.step == 2 and not killed:  # the worker has just done the first step
-            killed.append(ray.get(self._actors[owner].pid.remote(), timeout=60))
+            killed.append(ray.get(self._actors[owner].pid.remote(), timeout=120))
             os.kill(killed[0], signal.SIGKILL)
         told(self, owner, pending)
 
