@@ -96,3 +96,18 @@ def test_a_copied_model_packs_its_own(tiny_families) -> None:
     with torch.inference_mode():
         layer = next(m for m in twin.modules() if isinstance(m, torch.nn.Linear))
         assert not layer(torch.randn(2, layer.in_features)).any()
+
+
+def test_projections_in_one_product_are_those_of_their_own_input(tiny_families) -> None:
+    """Queries, keys and values of one input are one product; a family that asked for keys of another input would get those."""
+    model = wide(tiny_families["llama"][0])
+    packed = PackedWeights(model)
+    packed.refresh()
+    attention = model.model.layers[0].self_attn
+    assert "ondol_packed" in attention.__dict__
+    x, other = torch.randn(2, 1, 3, attention.q_proj.in_features).unbind()
+    with torch.inference_mode():
+        for asked in ((x, x, x), (x, other, x), (x, x, other), (other, other, other)):
+            for layer, of in zip((attention.q_proj, attention.k_proj, attention.v_proj), asked):
+                want = torch.nn.functional.linear(of, layer.weight)
+                torch.testing.assert_close(layer(of), want, rtol=1e-4, atol=1e-5)

@@ -16,15 +16,20 @@ from torch.nn.functional import linear, silu
 from ondol.models.packed import is_packed, packed_linear
 
 
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """weight * x / sqrt(mean(x^2) + eps), statistics in float32 as transformers has them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -74,6 +79,8 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if torch.is_inference_mode_enabled():  # no graph to keep anything for, and a third of the time at one row
+        return _norm(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[return-value]
 
 

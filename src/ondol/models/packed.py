@@ -41,21 +41,46 @@ def _forward(self: Any, input: Tensor) -> Tensor:
     return packed_linear(self, input, self.bias) if is_packed(self) else linear(input, self.weight, self.bias)
 
 
+def _query(self: Any, input: Tensor) -> Tensor:
+    """Queries; keys and values, which come of the same product, are kept until they are asked for."""
+    attention = self.ondol_attention
+    if not is_packed(attention):
+        return linear(input, self.weight)
+    layers = (self, attention.k_proj, attention.v_proj)
+    q, k, v = packed_linear(attention, input).split([layer.out_features for layer in layers], dim=-1)
+    for layer, value in zip(layers[1:], (k, v)):
+        layer.__dict__["ondol_kept"] = (input, value)
+    return q
+
+
+def _key_or_value(self: Any, input: Tensor) -> Tensor:
+    of, value = self.__dict__.pop("ondol_kept", (None, None))
+    return value if of is input and value is not None else linear(input, self.weight)
+
+
 class PackedWeights:
     """The packed linear layers of a model; `refresh` before sampling, `free` after.
 
-    The gate and up projections of fused MLPs (`ondol.models.fused`) become one, which the MLP holds.
+    Query, key and value projections become one, which the attention holds; so do the gate and up projections of fused MLPs
+    (`ondol.models.fused`).
     """
 
     def __init__(self, model: nn.Module) -> None:
         mlps: list[Any] = [m for m in model.modules() if is_fused_mlp(m)]
         mlps = [m for m in mlps if _packable(m.gate_proj.weight) and _packable(m.up_proj.weight)]
+        attentions: list[Any] = [m for m in model.modules() if _is_joinable(m)]
         paired = {id(layer) for m in mlps for layer in (m.gate_proj, m.up_proj)}
+        paired |= {id(layer) for m in attentions for layer in (m.q_proj, m.k_proj, m.v_proj)}
         self.layers = [
             m for m in model.modules() if type(m) is nn.Linear and _packable(m.weight) and id(m) not in paired
         ]
         self._sources: list[tuple[Any, list[Any]]] = [(m, [m]) for m in self.layers]
         self._sources += [(m, [m.gate_proj, m.up_proj]) for m in mlps]
+        self._sources += [(m, [m.q_proj, m.k_proj, m.v_proj]) for m in attentions]
+        for m in attentions:
+            m.q_proj.__dict__["ondol_attention"] = m
+            for layer, run in ((m.q_proj, _query), (m.k_proj, _key_or_value), (m.v_proj, _key_or_value)):
+                layer.forward = types.MethodType(run, layer)
         self._stamp: int | None = None
 
     def refresh(self) -> None:
@@ -80,6 +105,12 @@ class PackedWeights:
 
 def is_fused_mlp(module: nn.Module) -> bool:
     return module.__dict__.get("ondol_fused_mlp", False)
+
+
+def _is_joinable(module: Any) -> bool:
+    """An attention whose three projections are plain, without biases."""
+    layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    return all(type(layer) is nn.Linear and layer.bias is None and _packable(layer.weight) for layer in layers)
 
 
 def _packable(weight: Tensor) -> bool:
