@@ -36,7 +36,7 @@ def wide(model):
     import transformers as tf
 
     config = copy.deepcopy(model.config)
-    config.hidden_size, config.intermediate_size = 192, 256
+    config.hidden_size, config.intermediate_size, config.head_dim = 192, 256, 64
     torch.manual_seed(0)
     return tf.LlamaForCausalLM(config).eval()
 
