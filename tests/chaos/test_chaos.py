@@ -120,6 +120,15 @@ class Battle:
         except Exception:  # it is just being made
             return 0
 
+    def finished(self) -> bool:
+        folder = self.run_folder()
+        try:
+            assert folder is not None
+            with ondol.open_run(str(folder)) as run:
+                return run.state == "finished"
+        except Exception:
+            return False
+
     def watch(self) -> None:
         """The watchdog: nothing moves, and it says who waits for whom."""
         now = (self.starts, self.steps(), len(self.said()))
@@ -197,8 +206,7 @@ def test_the_run_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
         while True:
             battle.watch()
             if not battle.alive():
-                assert battle.process is not None
-                if battle.process.returncode == 0 and battle.steps() == STEPS:
+                if battle.finished():  # a fault may have hit it after its last word: then its exit status says nothing
                     break
                 battle.start()  # killed, interrupted, or out of disk: go on
                 due = None

@@ -24,6 +24,7 @@ from ondol.engines.base import Completion, EngineStats, Request, uniforms
 from ondol.engines.sampling import sample
 from ondol.errors import OndolError
 from ondol.models import forward
+from ondol.models.lean import make_lean
 from ondol.models.packed import PackedWeights
 from ondol.records import Finish
 
@@ -79,6 +80,8 @@ class TorchEngine:
         self._rows: dict[str, _Row] = {}
         self._cache = _Slots(forward.causal_lm(model).config)
         self._packed = PackedWeights(model) if pack_weights else None
+        if pack_weights:
+            make_lean(model)
 
     # -- Engine -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from torch.nn.functional import linear, silu
 from ondol.models.packed import is_packed, packed_linear
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what it multiplied by before the weight."""
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight), scale
@@ -27,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = _norm(x, weight, eps)
+        y, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -80,7 +81,7 @@ class _GatedMLP(torch.autograd.Function):
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if torch.is_inference_mode_enabled():  # no graph to keep anything for, and a third of the time at one row
-        return _norm(hidden_states, self.weight, self.variance_epsilon)[0]
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[return-value]
 
 
