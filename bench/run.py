@@ -1,6 +1,6 @@
 """Ours beside the peers, on the same work, in turn. Writes bench/results/<machine>.json and bench/results/<machine>.md.
 
-    make bench                                   # everything, about 40 minutes on 2 cores
+    make bench                                   # everything, about 40 minutes on 2 cores; B and C once, A and D three times
     python bench/run.py --works A --rounds 1     # one work, once; what the files say of the others stays
 
 Each side runs one step in a fresh process (loading is not timed), peer first, then ours on the prompts that the peer really had; rounds
@@ -54,9 +54,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--works", default="A,B,C,D")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--long-rounds", type=int, default=1, help="of B and C, whose sides take minutes each")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--peer-python", default=str(HERE / ".venv/bin/python"), help="an environment with the peers")
-    p.add_argument("--limit", type=float, default=1200, help="seconds that one side may take")
+    p.add_argument("--limit", type=float, default=1800, help="seconds that one side may take")
     args = p.parse_args()
     from ondol.models.bundled import bundled_path
 
@@ -75,6 +76,8 @@ def main() -> None:
     continuous: list[dict] = []
     for n in range(args.rounds):
         for work in args.works.split(","):
+            if work in "BC" and n >= args.long_rounds:
+                continue
             common = (work, "--model", model)
             with tempfile.TemporaryDirectory() as folder:
                 shared = f"{folder}/peer.json"

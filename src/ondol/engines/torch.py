@@ -438,8 +438,14 @@ class _CachedAttention:
         if n:
             if self.spans:
                 q, k, v = q[:, self.flat], k[:, self.flat], v[:, self.flat]
-            keys[self.slots, :, self.positions] = k.transpose(0, 1)
-            values[self.slots, :, self.positions] = v.transpose(0, 1)
+            if n == 1:  # a plain copy costs less than an indexed one
+                keys[self.width - 1, :, self.longest - 1], values[self.width - 1, :, self.longest - 1] = (
+                    k[:, 0],
+                    v[:, 0],
+                )
+            else:
+                keys[self.slots, :, self.positions] = k.transpose(0, 1)
+                values[self.slots, :, self.positions] = v.transpose(0, 1)
             # the query heads that share a key head go in as that many "positions": no copies of keys
             grouped = q.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
             full = self.dense and n == self.width

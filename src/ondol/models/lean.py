@@ -27,7 +27,8 @@ def _forward(
     norm, dim, count = self.input_layernorm, attention.head_dim, hidden_states.shape[1]
     queries = attention.q_proj.out_features // dim
     keys = queries + attention.k_proj.out_features // dim
-    x = rms_norm(hidden_states, norm.weight, norm.variance_epsilon)[0]
+    states = hidden_states[0]
+    x = rms_norm(states, norm.weight, norm.variance_epsilon)[0]
     heads = packed_linear(attention, x).view(count, -1, dim)
     cos, sin = (t[0].unsqueeze(1) for t in position_embeddings)
     plain = heads[:, :keys]
@@ -41,10 +42,10 @@ def _forward(
         attention.scaling,
         None,
     )
-    hidden_states = hidden_states + packed_linear(attention.o_proj, seen.reshape(1, count, -1), attention.o_proj.bias)
+    states = states + packed_linear(attention.o_proj, seen.reshape(count, -1), attention.o_proj.bias)
     norm = self.post_attention_layernorm
-    x = rms_norm(hidden_states, norm.weight, norm.variance_epsilon)[0]
-    return hidden_states + mlp.forward(x)
+    x = rms_norm(states, norm.weight, norm.variance_epsilon)[0]
+    return (states + mlp.forward(x)).unsqueeze(0)
 
 
 def make_lean(model: nn.Module) -> int:
