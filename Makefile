@@ -66,7 +66,7 @@ reproduce: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	ONDOL_FAULTS=50 $(BIN)/python -m pytest tests/chaos tests/train/test_on_ray.py tests/cluster -s
 
-bench: $(VENV)/.runtime
+bench: $(VENV)/.dev
 	@test -x bench/.venv/bin/python || $(PYTHON) -m venv bench/.venv
 	@bench/.venv/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements.txt
 	$(BIN)/python bench/run.py

@@ -54,6 +54,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "recall": "ondol.tasks.recall:Recall",
         "search-qa": "ondol.tasks.search_qa:SearchQuestions",
         "sql": "ondol.tasks.sql:SqlQuestions",
+        "textworld": "ondol.tasks.textworld:TextWorld",
         "two-addends": "ondol.tasks.two_addends:TwoAddends",
         "widgets": "ondol.tasks.widgets:Widgets",
     },

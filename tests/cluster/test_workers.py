@@ -140,3 +140,23 @@ def test_an_episode_has_one_holder_and_is_done_once(tmp_path_factory, events):
     assert ledgers[0].counts() == {"waiting": 6 - len(done) - len(holder), "at work": len(holder), "done": len(done)}
     for ledger in ledgers:
         ledger.close()
+
+
+@pytest.mark.parametrize("what", ["add", "save", "finish"])
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, what):
+    """What is in the ledger stays; the error names the file and what to do."""
+    ledger = Ledger(tmp_path / "episodes.sqlite", "me")
+    ledger.add([(0, 0), (0, 1)])
+    (taken, *_) = ledger.claim(2)
+    ledger._db.execute("pragma wal_checkpoint(truncate)")
+    (pages,) = ledger._db.execute("pragma page_count").fetchone()
+    ledger._db.execute(f"pragma max_page_count = {pages}")
+    long = Trajectory((0, 0, 0), Problem("p", "q" * 100_000, "a"), [1], 1, [False], [False], [0.0], [-1])
+    with pytest.raises(OndolError, match="full") as told:
+        if what == "add":
+            ledger.add((i, 0) for i in range(1, 100_000))
+        else:
+            getattr(ledger, what)(taken.key, long)
+    assert "episodes.sqlite" in told.value.what and told.value.remedy
+    assert ledger.counts() == {"waiting": 0, "at work": 2, "done": 0}
+    ledger.close()

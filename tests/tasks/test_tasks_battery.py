@@ -50,6 +50,7 @@ def tables(tmp_path_factory):
         "gymnasium": {"name": "gymnasium"},
         "gymnasium, taxi": {"name": "gymnasium", "id": "Taxi-v4"},
         "gymnasium, cards": {"name": "gymnasium", "id": "Blackjack-v1"},
+        "textworld": {"name": "textworld"},
         "miniwob": {"name": "miniwob", "pages": ["click-test-2"]},
         "reasoning-gym": {"name": "reasoning-gym", "dataset": "chain_sum"},
         "reasoning-gym, options": {
@@ -82,6 +83,7 @@ CASES = [
     "gymnasium",
     "gymnasium, taxi",
     "gymnasium, cards",
+    "textworld",
     "miniwob",
     "reasoning-gym",
     "reasoning-gym, options",
@@ -99,6 +101,8 @@ def task(request, tables) -> Task:
         pytest.importorskip("duckdb")
     if request.param.startswith("gymnasium"):
         pytest.importorskip("gymnasium")
+    if request.param == "textworld":
+        pytest.importorskip("textworld")
     no_pages = missing() or (None if pages_folder() else "the package miniwob is not installed")
     if request.param.startswith("miniwob") and no_pages:
         pytest.skip(no_pages)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ondol.errors import OndolError
 from ondol.records import Trajectory
+from ondol.store.database import explain_sqlite
 
 _TABLE = """
 create table if not exists episodes (
@@ -64,18 +64,29 @@ class Ledger:
             self._db.execute("pragma synchronous=normal")
             self._db.execute(_TABLE)
         except sqlite3.Error as e:
-            raise OndolError(f"the ledger {path} cannot be opened: {e}", "give it a folder that can be written") from e
+            raise explain_sqlite(e, path) from e
+
+    def _do(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Raises OndolError where the file cannot be read or written (disk full, say)."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as e:
+            raise explain_sqlite(e, self.path) from e
 
     def add(self, keys: Iterable[Key]) -> None:
         """Episodes to be done; those that are there already stay as they are."""
-        self._db.executemany("insert or ignore into episodes (problem, sample) values (?, ?)", list(keys))
+        with self._db:  # all of them or none
+            self._do("begin")
+            for key in keys:
+                self._do("insert or ignore into episodes (problem, sample) values (?, ?)", key)
+            self._do("commit")
 
     def claim(self, most: int, now: float | None = None) -> list[Claimed]:
         """Take up to `most` episodes that nobody works on (any more), the lowest first."""
         now = time.time() if now is None else now
         if most < 1:
             return []
-        rows = self._db.execute(
+        rows = self._do(
             "update episodes set state = 'at work', owner = ?, lease = ?, taken = taken + 1 where rowid in (select rowid from episodes "
             "where state = 'waiting' or (state = 'at work' and lease < ?) order by problem, sample limit ?) "
             "returning problem, sample, trajectory, taken",
@@ -89,7 +100,7 @@ class Ledger:
     def renew(self, now: float | None = None) -> int:
         """The heartbeat; how many episodes are ours."""
         now = time.time() if now is None else now
-        return self._db.execute(
+        return self._do(
             "update episodes set lease = ? where owner = ? and state = 'at work'", (now + self.lease_s, self.owner)
         ).rowcount
 
@@ -104,7 +115,7 @@ class Ledger:
     def _write(self, key: Key, t: Trajectory, state: str) -> bool:
         row = (json.dumps(t.to_dict()), state, *key, self.owner)
         return (
-            self._db.execute(
+            self._do(
                 "update episodes set trajectory = ?, state = ? where problem = ? and sample = ? and owner = ? and state = 'at work'",
                 row,
             ).rowcount
@@ -113,30 +124,28 @@ class Ledger:
 
     def release(self, owner: str) -> int:
         """Somebody is known to be gone: what it worked on waits again, at once."""
-        return self._db.execute(
+        return self._do(
             "update episodes set state = 'waiting', owner = null where owner = ? and state = 'at work'", (owner,)
         ).rowcount
 
     def counts(self) -> dict[str, int]:
         """Episodes by state."""
-        found = dict(self._db.execute("select state, count(*) from episodes group by state").fetchall())
+        found = dict(self._do("select state, count(*) from episodes group by state").fetchall())
         return {state: found.get(state, 0) for state in ("waiting", "at work", "done")}
 
     def holders(self, now: float | None = None) -> dict[str, tuple[int, float]]:
         """Owner -> (episodes at work, seconds since its last heartbeat)."""
         now = time.time() if now is None else now
-        rows = self._db.execute(
-            "select owner, count(*), max(lease) from episodes where state = 'at work' group by owner"
-        )
+        rows = self._do("select owner, count(*), max(lease) from episodes where state = 'at work' group by owner")
         return {owner: (n, now - (lease - self.lease_s)) for owner, n, lease in rows}
 
     def taken(self) -> dict[Key, int]:
         """How often each episode was taken up."""
-        return {(p, s): n for p, s, n in self._db.execute("select problem, sample, taken from episodes")}
+        return {(p, s): n for p, s, n in self._do("select problem, sample, taken from episodes")}
 
     def results(self) -> dict[Key, Trajectory]:
         """All that are done, in order."""
-        rows = self._db.execute(
+        rows = self._do(
             "select problem, sample, trajectory from episodes where state = 'done' order by problem, sample"
         )
         return {(p, s): Trajectory.from_dict(json.loads(t)) for p, s, t in rows}

@@ -133,7 +133,7 @@ class Database:
         try:
             yield
         except sqlite3.Error as e:
-            raise _explain(e, self.path) from e
+            raise explain_sqlite(e, self.path) from e
 
     # Writing
 
@@ -346,7 +346,7 @@ def _dumps(value: Any, where: str) -> str:
         raise OndolError(f"{where} holds what JSON cannot carry: {e}", "use numbers, strings, lists and dicts") from e
 
 
-def _explain(error: sqlite3.Error, path: Path) -> OndolError:
+def explain_sqlite(error: sqlite3.Error, path: Path) -> OndolError:
     """SQLite's failure in our words."""
     what, remedy = _FAILURES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, (None, None))  # low byte: primary code
     return OndolError(f"{path}: {what} ({error})" if what else f"{path}: {error}", remedy)

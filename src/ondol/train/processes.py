@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ondol.cluster.ledger import Ledger
+from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
@@ -102,11 +103,18 @@ class ProcessRollouts(Executor):
         return Ledger(self._path(number), "parent", self.recipe.rollout.lease_s)
 
     def _publish(self, version: int, wanted: set[int]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         part = self.folder / "weights.part"
-        save_file(weights(self.loaded.model), part)
-        part.rename(weights_file(self.folder, version))
+        try:
+            save_file(weights(self.loaded.model), part)
+            part.rename(weights_file(self.folder, version))
+        except (OSError, SafetensorError) as e:
+            raise OndolError(
+                f"the weights for the rollout processes cannot be written in {self.folder}: {e}",
+                "free some space, then resume the run",
+            ) from e
         keep = {weights_file(self.folder, v) for v in wanted}
         for old in self.folder.glob("weights-*.safetensors"):
             if old not in keep:
