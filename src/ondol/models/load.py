@@ -319,7 +319,8 @@ def _renderer(tokenizer: Any, chat: str | None, source: str) -> Any:
     from ondol.models.chat import renderer_for
 
     try:
-        return renderer_for(tokenizer, chat)
+        with quiet():  # the conversation that tells a template's family may be longer than the model's context
+            return renderer_for(tokenizer, chat)
     except OndolError as e:
         raise OndolError(f"{source}: {e.what}", e.remedy) from e
 
