@@ -22,7 +22,7 @@ from ondol.tools import background
 from ondol.tools.actions import printable
 from ondol.tools.base import Tool, Toolset
 
-_FINISH_S = 5.0  # for the request that closes a trajectory, which nobody waits for
+_FINISH_S = 60.0  # for the request that closes a trajectory: nobody waits for it, and on a busy machine it stands in line behind calls
 _PAUSE_S = 0.2  # before the first retry; doubled for each further one
 _SLACK_S = 5.0  # beyond `timeout_s`, before a client that hangs itself is given up
 _CONNECTIONS = 256  # at once, to one server
