@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import ondol
 from ondol.engines.base import Sampling
 from ondol.envs.program import ProgramEnv, _endpoint
 from ondol.models.chat import renderer_for
 from ondol.records import StopReason
 from ondol.rollout.driver import Plan, rollout
 from scripted import TOKENIZER, ScriptedEngine, encode
+from small_run import RECIPE, has_learned
 from toy import Toy
 
 pytest.importorskip("openai")
@@ -116,3 +118,18 @@ def test_the_endpoint_refuses_strangers(monkeypatch):
     ok = b'{"messages": [{"role": "user", "content": "x"}]}'
     assert ask({}, ok) == 401
     assert [ask(key, b) for b in (b"{", b"{}", ok)] == [400, 400, 410]
+
+
+def test_an_agent_that_only_asks_is_trained_as_without_it(tmp_path, monkeypatch):
+    """Through its base URL and through no URL at all: the same trajectories, and the same model."""
+    monkeypatch.syspath_prepend(str(AGENTS.parent))
+    found = []
+    for name, env in (
+        ("plain", {"max_turns": 1}),
+        ("agent", {"name": "program", "function": "agents:once", "max_turns": 1}),
+    ):
+        with ondol.run({**RECIPE, "env": env}, runs=tmp_path / name) as run:
+            assert has_learned(run)
+            said = [(t.key, t.ids, t.sampled, t.logp, t.version, t.score) for t in run.db.trajectories(phase="rl")]
+            found.append((said, (run.path / "model" / "model.safetensors").read_bytes()))
+    assert found[0] == found[1]
