@@ -29,8 +29,10 @@ GRADIENT = (
     "pacs",
     "darling",
 )
-#: rows that learn from pairs; theirs are the best and the worst answer of a group
-PREFERENCE = ("dpo", "ipo", "simpo", "kto", "orpo")
+#: rows that learn from pairs; theirs are the best and the worst answer of a group. The first three unlearn the task at the others' rate (seed 100: dpo 0.09 ->
+#: 0.02 at 1e-3 and 0.17 at 1e-4, kto 0.00 and 0.25)
+_SLOW = "optimizer.learning_rate=1e-4"
+PREFERENCE = (f"dpo:{_SLOW}", f"ipo:{_SLOW}", f"kto:{_SLOW}", "simpo", "orpo")
 _CHANCE = 0.1  # of recall: one digit
 
 
@@ -84,7 +86,7 @@ def _gradient(m: Measured) -> Outcome:
 
 def _preference(m: Measured) -> Outcome:
     name = "preference_accuracy_last_quarter"
-    means = {label: m.mean(label, name) for label in PREFERENCE}
+    means = {label: m.mean(label, name) for label in map(_label, PREFERENCE)}
     said = ", ".join(f"{label} {m.text(label, name)}" for label in means)
     return Outcome(all(v >= 0.9 for v in means.values()), said)
 

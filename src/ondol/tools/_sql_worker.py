@@ -110,6 +110,7 @@ class DuckDB:
             "threads": 1,
             "memory_limit": f"{_memory_mib}MiB",
             "max_temp_directory_size": "0B",
+            "temp_directory": "",  # else one is made in the folder that the process was started in
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "allow_community_extensions": False,
