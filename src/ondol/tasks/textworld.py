@@ -59,8 +59,8 @@ _VERBS = frozenset(
 class TextWorld(GameTask):
     """A game for each seed. Making one takes seconds, once: it is kept in Ondol's cache."""
 
-    rooms: int = Field(default=3, ge=1, le=50, description="of the house")
-    objects: int = Field(default=5, ge=1, le=100, description="in it")
+    rooms: int = Field(default=3, ge=1, le=50, description="rooms of the house")
+    objects: int = Field(default=5, ge=1, le=100, description="objects in the house")
     quest: int = Field(default=3, ge=1, le=30, description="actions of a shortest solution, at least")
 
     @model_validator(mode="after")
@@ -69,10 +69,13 @@ class TextWorld(GameTask):
         return self
 
     def draw(self, random: Random) -> Problem | None:
-        seed = random.randrange(_SEEDS)
+        textworld, seed = _package(), random.randrange(_SEEDS)
         try:
             game, _ = self._made(seed)
-        except Exception:  # no quest fits into this house
+        except (
+            textworld.generator.chaining.QuestGenerationError,  # no quest fits into this house
+            textworld.generator.vtypes.NotEnoughNounsError,  # nor so many things
+        ):
             return None
         if not game.walkthrough:
             return None

@@ -13,7 +13,7 @@ from ondol.recipe import OptimizerSettings
 from ondol.records import Batch
 from ondol.train.logprobs import target_states
 from ondol.train.optimizer import Optimizer
-from ondol.train.shards import as_is
+from ondol.train.shards import placed_like
 
 
 class Critic(nn.Module):
@@ -61,7 +61,7 @@ class Critic(nn.Module):
         """Inverse of `trainable`."""
         with torch.no_grad():
             for name, parameter in self.trainable().items():
-                parameter.copy_(as_is(state[name], parameter))
+                parameter.copy_(placed_like(state[name], parameter))
 
 
 class CriticLearner:

@@ -50,10 +50,14 @@ class Learner(Updater):
 
     def state(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """The same, whole, for a checkpoint. Of a sharded model all processes ask together; those that do not `keep` it get nothing."""
-        return {
-            part: {name: found for name, t in tensors.items() if (found := whole(t)) is not None and keep}
-            for part, tensors in self.parts().items()
-        }
+        out: dict[str, dict[str, Tensor]] = {}
+        for part, tensors in self.parts().items():
+            out[part] = {}
+            for name, t in tensors.items():
+                found = whole(t)  # asked for in any case: others wait for this process's share
+                if keep:
+                    out[part][name] = found
+        return out
 
     def load_state(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Inverse of `state` for one of its parts, exactly."""

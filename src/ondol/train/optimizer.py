@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ondol.recipe import OptimizerSettings
-from ondol.train.shards import as_is, squared_norm
+from ondol.train.shards import placed_like, squared_norm
 
 
 class Optimizer:
@@ -100,12 +100,13 @@ class Optimizer:
         with torch.no_grad():
             for name, master, live in zip(self.names, self.masters, self.live):
                 if master is not live:
-                    master.copy_(as_is(state[f"master/{name}"], master))
+                    master.copy_(placed_like(state[f"master/{name}"], master))
                 keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in state]
                 if keys:
                     own = {k: state[f"{k}/{name}"] for k in keys}
                     self._adam.state[master] = {
-                        k: (v.to(master.device) if k == "step" else as_is(v, master)).clone() for k, v in own.items()
+                        k: (v.to(master.device) if k == "step" else placed_like(v, master)).clone()
+                        for k, v in own.items()
                     }
 
 

@@ -50,7 +50,7 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(DTensor, tensor.detach()).full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def as_is(tensor: Tensor, like: Tensor) -> Tensor:
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, in every process the same, in shards where `like` is."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor):
