@@ -1,6 +1,6 @@
 """An agent written with the plain openai client gets better by being trained through its base URL: python results/agent.py
 
-The agent is results/plain_agent.py; the model, the task and the warm start are those of the recipe tiny-addends, RL has 100 steps. Writes results/agent.json with
+The agent is results/plain_agent.py; the model, the task and the warm start are those of the recipe tiny-addends, RL has its 350 steps. Writes results/agent.json with
 every seed's scores on held-out problems, the command, the commit and the machine. It must gain at least 0.15 (card of arXiv 2508.20404: +15 points over
 the SFT start).
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE))  # the agent is a file beside this one
 import ondol  # noqa: E402
 from ondol.recipe import read_table  # noqa: E402
 
-STEPS, SAMPLES = 100, "evaluate.samples=16"
+STEPS, SAMPLES = 350, "evaluate.samples=16"
 
 
 def ladder(seed: int, runs: str) -> list[dict]:
