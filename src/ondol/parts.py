@@ -56,6 +56,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sql": "ondol.tasks.sql:SqlQuestions",
         "textworld": "ondol.tasks.textworld:TextWorld",
         "two-addends": "ondol.tasks.two_addends:TwoAddends",
+        "verifiers": "ondol.tasks.verifiers:Verifiers",
         "widgets": "ondol.tasks.widgets:Widgets",
     },
     "verifiers": {

@@ -249,6 +249,7 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
+        self.env.takes(self.task)
         if self.train.steps:
             _check_complete(self.method)
         group, least = self.train.samples_per_prompt, self.method.least_samples

@@ -22,7 +22,7 @@ from toy import Toy
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.timeout(120)
-AGENTS = Path(__file__).with_name("agents.py")
+AGENTS = Path(__file__).with_name("plain_agents.py")
 COMMAND = (sys.executable, str(AGENTS))
 
 
@@ -45,7 +45,7 @@ def said(problem: int, sample: int, turn: int) -> str:
     return [f"<add>1+{problem}</add>", f"{1 + problem}$", f"again {sample}$"][turn]
 
 
-@pytest.mark.parametrize("how", [{"function": "agents:loop"}, {"command": COMMAND}])
+@pytest.mark.parametrize("how", [{"function": "plain_agents:loop"}, {"command": COMMAND}])
 def test_an_agent_with_a_loop_of_its_own(how, monkeypatch):
     monkeypatch.syspath_prepend(str(AGENTS.parent))
     found, engine = run(ProgramEnv(stop=("</add>",), **how), said)
@@ -69,11 +69,11 @@ def test_an_agent_with_a_loop_of_its_own(how, monkeypatch):
 def test_faults_are_the_trajectories_own(monkeypatch):
     monkeypatch.syspath_prepend(str(AGENTS.parent))
     answer = lambda p, s, t: f"{t}$"  # noqa: E731
-    (a, *_), _ = run(ProgramEnv(function="agents:silent"), answer, 1, 1)
+    (a, *_), _ = run(ProgramEnv(function="plain_agents:silent"), answer, 1, 1)
     assert a.stop_reason is StopReason.ERROR and "without a request" in a.info["error"]
-    (b, *_), _ = run(ProgramEnv(function="agents:broken"), answer, 1, 1)
+    (b, *_), _ = run(ProgramEnv(function="plain_agents:broken"), answer, 1, 1)
     assert b.stop_reason is StopReason.ERROR and "lost my way" in b.info["error"] and len(b.turns) == 1
-    (c, *_), _ = run(ProgramEnv(function="agents:endless", max_turns=3), answer, 1, 1)
+    (c, *_), _ = run(ProgramEnv(function="plain_agents:endless", max_turns=3), answer, 1, 1)
     assert len(c.turns) == 3 and c.stop_reason is StopReason.ERROR and "3 turns" in c.info["error"]
     (d, *_), _ = run(ProgramEnv(command=(sys.executable, "-c", "import sys; sys.exit('no model here')")), answer, 1, 1)
     assert d.stop_reason is StopReason.ERROR and "no model here" in d.info["error"]
@@ -87,15 +87,14 @@ def test_faults_are_the_trajectories_own(monkeypatch):
 
 def test_many_at_once(monkeypatch):
     monkeypatch.syspath_prepend(str(AGENTS.parent))
-    found, _ = run(ProgramEnv(function="agents:once"), lambda p, s, t: f"{p}.{s}$", problems=6, samples=8)
+    found, _ = run(ProgramEnv(function="plain_agents:once"), lambda p, s, t: f"{p}.{s}$", problems=6, samples=8)
     assert [t.response for t in found] == [f"{p}.{s}" for p in range(6) for s in range(8)]
     assert all(t.stop_reason is StopReason.ANSWERED for t in found)
 
 
 def test_wrong_settings():
     for wrong in (
-        {},
-        {"function": "agents:once", "command": ["x"]},
+        {"function": "plain_agents:once", "command": ["x"]},
         {"function": "no_such_module:f"},
         {"function": "json:nothing"},
     ):
@@ -126,7 +125,7 @@ def test_an_agent_that_only_asks_is_trained_as_without_it(tmp_path, monkeypatch)
     found = []
     for name, env in (
         ("plain", {"max_turns": 1}),
-        ("agent", {"name": "program", "function": "agents:once", "max_turns": 1}),
+        ("agent", {"name": "program", "function": "plain_agents:once", "max_turns": 1}),
     ):
         with ondol.run({**RECIPE, "env": env}, runs=tmp_path / name) as run:
             assert has_learned(run)

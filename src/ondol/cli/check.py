@@ -22,7 +22,12 @@ def run(args: Namespace) -> int:
     print(
         f"# '{recipe.name}' is right: {t.steps} steps of {t.prompts_per_step} prompts x {t.samples_per_prompt} samples."
     )
-    print("# The task's verifier accepts its own answers and rejects near misses (8 problems tried).")
+    if recipe.task.has_gold:
+        print("# The task's verifier accepts its own answers and rejects near misses (8 problems tried).")
+    else:
+        print(
+            "# What a right response is, the task does not tell: problems were drawn, its verifier was not tried on them."
+        )
     for name, given in facts.items():
         print(f"# The tool '{name}': " + ", ".join(f"{key} {value}" for key, value in given.items()) + ".")
     return 0

@@ -78,6 +78,9 @@ class Env(Part):
         """The capabilities that these settings ask for."""
         return self.capabilities
 
+    def takes(self, task: Task) -> None:
+        """Raises OndolError where episodes cannot be made of the task's problems."""
+
     def without_tools(self) -> Env:
         """The same, for measuring what a model can do in its head."""
         return self.model_copy(update={"tools": (), "max_turns": 1, "system": None})

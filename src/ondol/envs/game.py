@@ -26,14 +26,18 @@ class GameEnv(Env):
         default=None, description="system message; by default the rules of the game, '' for none"
     )
 
-    def episode(
-        self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
-    ) -> _Episode:
+    def takes(self, task: Task) -> None:
         if not isinstance(task, GameTask):
             raise OndolError(
                 f"the environment 'game' has no game for a problem of the task {type(task).__name__}",
-                "set task.name to gymnasium or openenv, or leave env.name at tool",
+                "set task.name to gymnasium, textworld or openenv, or leave env.name at tool",
             )
+
+    def episode(
+        self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
+    ) -> _Episode:
+        self.takes(task)
+        assert isinstance(task, GameTask)
         return _Episode(self, task, problem, trajectory_id, examples)
 
 

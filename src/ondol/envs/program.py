@@ -27,6 +27,7 @@ from ondol.envs.base import Env, StepResult
 from ondol.errors import OndolError
 from ondol.records import Finish, Message, Problem
 from ondol.tasks.base import Task
+from ondol.tasks.programs import Played, ProgramTask
 from ondol.tools.calls import CallStyle, Json
 from ondol.tools.speaker import Speaker
 
@@ -40,7 +41,8 @@ class ProgramEnv(Env):
 
     `function` is called in a thread as f(question, base_url, api_key) and returns the response. `command` is started for each episode, with the
     question on its standard input and OPENAI_BASE_URL and OPENAI_API_KEY set, which OpenAI's clients read; its standard output is the
-    response. How tokens are drawn is the recipe's matter: what requests say of it is not heard, but for what they stop at.
+    response. With neither, the task brings the program and scores it itself (task `verifiers`). How tokens are drawn is the
+    recipe's matter: what requests say of it is not heard, but for what they stop at.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"black-box agents"})
@@ -57,8 +59,8 @@ class ProgramEnv(Env):
 
     @model_validator(mode="after")
     def _one(self) -> ProgramEnv:
-        if bool(self.function) == bool(self.command):
-            raise ValueError("give either function or command")
+        if self.function and self.command:
+            raise ValueError("give either function or command, or neither for a task that brings its program")
         if self.function:
             _function(self.function)
         return self
@@ -69,9 +71,17 @@ class ProgramEnv(Env):
     def call_style(self, renderer: Any) -> CallStyle | None:
         return _Calls(renderer, self.stop)
 
+    def takes(self, task: Task) -> None:
+        if not (self.function or self.command or isinstance(task, ProgramTask)):
+            raise OndolError(
+                f"the environment 'program' has no program for the task {type(task).__name__}",
+                "set env.function or env.command, or task.name to verifiers",
+            )
+
     def episode(
         self, task: Task, problem: Problem, trajectory_id: str, renderer: Any, examples: Sequence[Message] = ()
     ) -> _Episode:
+        self.takes(task)
         return _Episode(self, task, problem, trajectory_id, renderer, examples)
 
 
@@ -109,9 +119,8 @@ class _Episode:
             loop.call_soon_threadsafe(self.inbox.put_nowait, item)
 
         endpoint.episodes[self.name] = deliver
-        self.program = _Program(
-            self.env, self.problem.question, f"{endpoint.url}/{self.name}/v1", endpoint.key, loop, self.inbox
-        )
+        url = f"{endpoint.url}/{self.name}/v1"
+        self.program = _Program(self.env, self.task, self.problem, url, endpoint.key, loop, self.inbox)
         await self.program.start()
         first = await self._next()
         if not isinstance(first, _Pending):
@@ -130,19 +139,25 @@ class _Episode:
         said = self.speaker.said(done, answered.asked)
         self.dialogue.take([said.message()], anew=False)
         answered.reply(said)
+        spent = f"the episode has had its {self.env.max_turns} turns"
+        refused = False
         while True:
             more = await self._next()
             if not isinstance(more, _Pending):
                 break
             if last_turn:
-                more.refuse(BadRequest(f"the episode has had its {self.env.max_turns} turns", status=429))
+                more.refuse(BadRequest(spent, status=429))
+                refused = True
                 continue
             anew, messages = self._observe(more)
             return StepResult(messages, anew=anew)
         if more.failed:
-            raise OndolError(f"the agent failed: {more.said}")
-        score = self.task.score(self.problem, more.said)
-        return StepResult([], reward=score, terminated=True, score=score, info={"response": more.said})
+            why = (f"{spent}, and at one more request ", "see env.max_turns") if refused else ("",)
+            raise OndolError(f"{why[0]}the agent failed: {more.said}", *why[1:])
+        played = more.played or Played(more.said, score := self.task.score(self.problem, more.said), score)
+        return StepResult(
+            [], reward=played.reward, terminated=True, score=played.score, info={"response": played.response}
+        )
 
     def _observe(self, pending: _Pending) -> tuple[bool, list[Message]]:
         """What a request adds; whether it begins a new context."""
@@ -173,8 +188,8 @@ class _Episode:
 class _Ended:
     """The program's end: what it returned or printed, or why it failed."""
 
-    def __init__(self, said: str, failed: bool = False) -> None:
-        self.said, self.failed = said, failed
+    def __init__(self, said: str, failed: bool = False, played: Played | None = None) -> None:
+        self.said, self.failed, self.played = said, failed, played
 
 
 class _Program:
@@ -183,20 +198,21 @@ class _Program:
     def __init__(
         self,
         env: ProgramEnv,
-        question: str,
+        task: Task,
+        problem: Problem,
         url: str,
         key: str,
         loop: asyncio.AbstractEventLoop,
         inbox: asyncio.Queue[Any],
     ) -> None:
-        self.env, self.question, self.url, self.key, self.loop, self.inbox = env, question, url, key, loop, inbox
+        self.env, self.task, self.problem = env, task, problem
+        self.url, self.key, self.loop, self.inbox = url, key, loop, inbox
         self.process: asyncio.subprocess.Process | None = None
         self.waiter: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        if self.env.function:
-            function = _function(self.env.function)
-            threading.Thread(target=self._call, args=(function,), name="ondol-agent", daemon=True).start()
+        if not self.env.command:
+            threading.Thread(target=self._call, name="ondol-agent", daemon=True).start()
             return
         environment = os.environ | {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": self.key}
         try:
@@ -222,20 +238,29 @@ class _Program:
         if self.waiter is not None:
             await asyncio.wait({self.waiter}, timeout=_END_S)
 
-    def _call(self, function: Callable[..., Any]) -> None:
+    def _call(self) -> None:
         try:
-            out = function(self.question, self.url, self.key)
-            out = asyncio.run(out) if inspect.iscoroutine(out) else out
-            ended = (
-                _Ended(out) if isinstance(out, str) else _Ended(f"it returned {type(out).__name__}, not a text", True)
-            )
+            if self.env.function:
+                out = _function(self.env.function)(self.problem.question, self.url, self.key)
+                out = asyncio.run(out) if inspect.iscoroutine(out) else out
+                ended = (
+                    _Ended(out)
+                    if isinstance(out, str)
+                    else _Ended(f"it returned {type(out).__name__}, not a text", True)
+                )
+            else:
+                assert isinstance(self.task, ProgramTask)  # the environment has seen to it
+                played = self.task.play(self.problem, self.url, self.key)
+                ended = _Ended(played.response, played=played)
+        except OndolError as e:
+            ended = _Ended(str(e)[:_STDERR], True)
         except BaseException as e:
             ended = _Ended(f"{type(e).__name__}: {e}"[:_STDERR], True)
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the episode with it
             self.loop.call_soon_threadsafe(self.inbox.put_nowait, ended)
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
-        out, error = await process.communicate(self.question.encode("utf-8", "replace"))
+        out, error = await process.communicate(self.problem.question.encode("utf-8", "replace"))
         text = out[:_MOST_OUTPUT].decode("utf-8", "replace").strip()
         if process.returncode:
             last = error.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]

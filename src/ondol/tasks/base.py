@@ -50,6 +50,11 @@ class Task(Part):
         """A response that must score 1."""
         return problem.answer
 
+    @property
+    def has_gold(self) -> bool:
+        """Whether right responses are known, so that `check` tries the verifier on them."""
+        return True
+
     def near_misses(self, problem: Problem) -> list[str]:
         """Responses that must score below 1; at least one."""
         raise NotImplementedError

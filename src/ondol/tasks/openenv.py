@@ -53,6 +53,10 @@ class OpenEnv(GameTask):
             _lines(self.file)
         return self
 
+    @property
+    def has_gold(self) -> bool:
+        return self.file is not None
+
     def size(self, split: Split) -> int | None:
         return None if self.file is None else len(self._of(split))
 
@@ -76,7 +80,7 @@ class OpenEnv(GameTask):
         return _Session(self, problem.data["reset"])
 
     def check(self, count: int = 20) -> None:
-        if self.file is not None:
+        if self.has_gold:
             return super().check(count)
         splits: tuple[Split, ...] = ("train", "test")
         for split in splits:

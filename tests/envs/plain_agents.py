@@ -1,4 +1,4 @@
-"""Agents that know nothing of Ondol: they speak to an OpenAI endpoint. Also a program: python tests/envs/agents.py < QUESTION"""
+"""Agents that know nothing of Ondol: they speak to an OpenAI endpoint. Also a program: python tests/envs/plain_agents.py < QUESTION"""
 
 from __future__ import annotations
 
