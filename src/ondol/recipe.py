@@ -59,6 +59,18 @@ class RolloutSettings(Masking):
         description="the processes are workers on a Ray cluster: 'local' (one begun here), 'auto' (the one that runs), or its address, such as "
         "ray://head:10001",
     )
+    reward_workers: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="processes that score responses, for each process that plays episodes; for slow verifiers and judges. 0: who plays an episode "
+        "scores it, and holds up the others",
+    )
+    reward_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="with reward workers: deadline of one scoring, after which its worker is replaced",
+    )
     overlap_tools: bool = Field(
         default=False, description="decode others while tools run; for slow tools. Off: exactly repeatable"
     )

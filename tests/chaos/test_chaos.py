@@ -34,6 +34,7 @@ KINDS = (
     "disk full",
     "interrupt",
     "freeze all workers",
+    "kill judge",
 )
 
 pytestmark = pytest.mark.timeout(60 + 45 * FAULTS)
@@ -47,7 +48,7 @@ RECIPE = {
     "env": {"max_turns": 1},
     "sampling": {"max_tokens": 24},
     "optimizer": {"learning_rate": 1e-3},
-    "rollout": {"max_batch": 1, "processes": 2, "lease_s": 2.0},
+    "rollout": {"max_batch": 1, "processes": 2, "lease_s": 2.0, "reward_workers": 1},
     "train": {"steps": STEPS, "prompts_per_step": 4, "samples_per_prompt": 4, "checkpoint_every_steps": 1},
     "method": {"name": "grpo", "kl_coef": 0.0},
     "evaluate": {"problems": 0},
@@ -100,11 +101,11 @@ class Battle:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def workers(self) -> list[psutil.Process]:
+    def workers(self, module: str = "ondol.train.start_worker") -> list[psutil.Process]:
         assert self.process is not None
         try:
-            children = psutil.Process(self.process.pid).children()
-            found = [c for c in children if "ondol.train.start_worker" in c.cmdline()]
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            found = [c for c in children if module in c.cmdline()]
             self.pids |= set(found)
             return found
         except psutil.Error:
@@ -146,8 +147,8 @@ class Battle:
     def fault(self, kind: str) -> bool:
         """Do it; False where there was nothing to do it to."""
         assert self.process is not None
-        workers = self.workers()
-        if "worker" in kind:
+        workers = self.workers("ondol.cluster.score_worker" if "judge" in kind else "ondol.train.start_worker")
+        if "worker" in kind or "judge" in kind:
             if not workers:
                 return False
             victims = workers if "all" in kind else [self.rng.choice(workers)]
@@ -189,7 +190,7 @@ class Battle:
 
 def test_the_run_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with ondol.run(RECIPE, "rollout.processes=0", runs=tmp_path / "calm") as run:
+    with ondol.run(RECIPE, "rollout.processes=0", "rollout.reward_workers=0", runs=tmp_path / "calm") as run:
         want = outcome(run)
     rng = random.Random(SEED)
     count, rounds = 0, 0

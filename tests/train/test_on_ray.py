@@ -9,6 +9,7 @@ import time
 import pytest
 
 import ondol
+from judged import scorers
 from ondol.errors import OndolError
 from small_run import RECIPE, has_learned, importable  # noqa: F401
 
@@ -41,6 +42,41 @@ def test_two_workers_of_a_local_cluster_are_one_process(tmp_path, monkeypatch):
     with ondol.run(RECIPE, "rollout.processes=2", "rollout.cluster=local", runs=tmp_path / "two") as run:
         assert outcome(run) == want
     assert killed and not ray.is_initialized()
+
+
+def test_reward_workers_are_actors(tmp_path, monkeypatch):
+    """One of them is killed; scores come from neither the rollout worker nor this process, and are the same."""
+    found, killed = [], []
+    for name, settings in (
+        ("one", ()),
+        ("ray", ("rollout.processes=1", "rollout.cluster=local", "rollout.reward_workers=2")),
+    ):
+        (tmp_path / name).mkdir()
+        task = {"name": "judged:Judged", "log": str(tmp_path / name)}
+        workers, started = [], RayRollouts._start
+
+        def start(self, owner, workers=workers, started=started):
+            started(self, owner)
+            workers.append(ray.get(self._actors[owner].pid.remote(), timeout=120))
+
+        told = RayRollouts._tell
+
+        def tell(self, owner, pending, name=name, told=told):
+            if pending.asked.step == 2 and not killed:
+                killed.append(sorted(scorers(tmp_path / name))[0])
+                os.kill(killed[0], signal.SIGKILL)
+            told(self, owner, pending)
+
+        with monkeypatch.context() as m:
+            m.setattr(RayRollouts, "_start", start)
+            m.setattr(RayRollouts, "_tell", tell)
+            with ondol.run({**RECIPE, "task": task}, *settings, runs=tmp_path / "runs" / name) as run:
+                assert has_learned(run)
+                said = [(t.key, t.ids, t.logp, t.score, t.reward) for t in run.db.trajectories(phase="rl")]
+                found.append((said, (run.path / "model" / "model.safetensors").read_bytes()))
+    assert found[0] == found[1] and killed
+    assert workers and not scorers(tmp_path / "ray") & {os.getpid(), *workers}
+    assert len(scorers(tmp_path / "ray")) in (2, 3)
 
 
 def test_a_node_is_killed(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ class _Episode:
     async def step(self, action: Message, last_turn: bool) -> StepResult:
         if self.over:
             raise RuntimeError(f"episode {self.id} is over: reset a new one")
-        score = self.task.score(self.problem, action.content)
+        score = await self.task.judged(self.problem, action.content)
         weight = self.env.discount**self.tries
         self.tries += 1
         if score >= 1 or last_turn:

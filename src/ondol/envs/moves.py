@@ -64,7 +64,7 @@ class _Episode:
         )  # some are drawn solved: a move has to be made all the same
         if solved or last_turn:
             self.over = True
-            score = self.task.score(self.problem, f"<answer>{self.puzzle.solution}</answer>")
+            score = await self.task.judged(self.problem, f"<answer>{self.puzzle.solution}</answer>")
             return StepResult([], reward=score, terminated=solved, truncated=not solved, score=score, results=[result])
         return StepResult([Message("user", seen if wrong is None else f"? {wrong}\n{seen}")], results=[result])
 

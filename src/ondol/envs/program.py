@@ -154,7 +154,7 @@ class _Episode:
         if more.failed:
             why = (f"{spent}, and at one more request ", "see env.max_turns") if refused else ("",)
             raise OndolError(f"{why[0]}the agent failed: {more.said}", *why[1:])
-        played = more.played or Played(more.said, score := self.task.score(self.problem, more.said), score)
+        played = more.played or Played(more.said, score := await self.task.judged(self.problem, more.said), score)
         return StepResult(
             [], reward=played.reward, terminated=True, score=played.score, info={"response": played.response}
         )

@@ -81,7 +81,7 @@ class _Episode:
             self.answers += 1
             if not action.calls:
                 self.over = True
-                score = self.task.score(self.problem, action.content)
+                score = await self.task.judged(self.problem, action.content)
                 return StepResult([], reward=score, terminated=True, score=score)
         if last_turn or self.answers == self.env.answer_turns:
             self.over = True

@@ -174,19 +174,19 @@ class _Episode:
         if self.over:
             raise RuntimeError(f"episode {self.id} is over: reset a new one")
         if not action.calls or self.problem.data.get("use_tool") is False:
-            return self._scored(action)
+            return await self._scored(action)
         if last_turn:
             self.over = True
             return StepResult([], truncated=True)
         results, observation = await self.toolbox.carry_out(action.calls)
         earned = self._earned(action.calls, results)
         if any(r.done for r in results):
-            return self._scored(action, earned, results)
+            return await self._scored(action, earned, results)
         return StepResult([observation], reward=earned, results=results)
 
-    def _scored(self, action: Message, earned: float = 0.0, results: Sequence[ToolResult] = ()) -> StepResult:
+    async def _scored(self, action: Message, earned: float = 0.0, results: Sequence[ToolResult] = ()) -> StepResult:
         self.over = True
-        score = self.task.score(self.problem, action.content)
+        score = await self.task.judged(self.problem, action.content)
         return StepResult([], reward=earned + score, terminated=True, score=score, results=list(results))
 
     def _earned(self, calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> float:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ _PREPARE_S = 60.0
 _MEMORY_BYTES = 4 << 30
 _FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "mmap.", "fcntl.", "tempfile.")
 _READING = ("os.listdir", "os.scandir")  # imports need these
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _fenced = False
 
 
@@ -136,22 +138,35 @@ class Judges:
             judge.stop()
 
 
+def end_with_the_parent() -> None:
+    """Have this process killed when the thread that started it ends, even while it is frozen. Elsewhere than on Linux it goes on."""
+    if sys.platform == "linux":
+        import ctypes
+
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def serve(
     answer: Callable[[dict[str, Any]], Any],
     prepare: Callable[[dict[str, Any]], Any] | None = None,
-    memory_bytes: int = _MEMORY_BYTES,
+    memory_bytes: int | None = _MEMORY_BYTES,
+    fenced: bool = True,
 ) -> None:
     """The child's loop: one JSON line out for each one in; null where `answer` raises.
 
-    `prepare` runs before `answer`, outside the fence: for imports and data, never for what a model wrote.
+    `prepare` runs before `answer`, outside the fence: for imports and data, never for what a model wrote. Without a fence and a
+    limit of memory it is a process that can be killed, and no more.
     """
     global _fenced
-    try:  # 10**10**10 must fail here, not take the machine's memory; not every system has limits
-        import resource
+    if memory_bytes is not None:
+        # 10**10**10 must fail here, not take the machine's memory; not every system has limits
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    except (ImportError, ValueError, OSError):
-        pass
+            resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     out, sys.dont_write_bytecode = sys.stdout, True
     sys.stdout = sys.stderr  # what a library or an evaluated text prints must not look like an answer
     print("ready", file=out, flush=True)
@@ -165,7 +180,7 @@ def serve(
         except Exception:
             failed = True
         print("prepared", file=out, flush=True)
-        _fenced = True
+        _fenced = fenced
         try:
             result = None if failed else answer(question)
         except (Exception, SystemExit):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from random import Random
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ondol.errors import OndolError
 from ondol.parts import Part
@@ -30,6 +30,8 @@ class Task(Part):
 
     seed: int = Field(default=0, description="which problems are drawn, and in which order")
 
+    _judge: Callable[[Problem, str], Awaitable[float]] | None = PrivateAttr(default=None)
+
     def problem(self, index: int, split: Split = "train") -> Problem:
         """Problem number `index` >= 0 of a split; endless, a finite task begins anew in another order."""
         raise NotImplementedError
@@ -45,6 +47,16 @@ class Task(Part):
     def score(self, problem: Problem, response: str) -> float:
         """How right `response` is, in [0, 1]."""
         raise NotImplementedError
+
+    async def judged(self, problem: Problem, response: str) -> float:
+        """`score`, by whoever is there for it: the reward workers of a run that has some, else here and now."""
+        if self._judge is None:
+            return self.score(problem, response)
+        return await self._judge(problem, response)
+
+    def judged_by(self, judge: Callable[[Problem, str], Awaitable[float]] | None) -> None:
+        """Have `judged` ask somebody else, who must give the same scores."""
+        self._judge = judge
 
     def gold(self, problem: Problem) -> str:
         """A response that must score 1."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ondol.cluster.ledger import Bookkeeping
+from ondol.cluster.scoring import ChildScorer, Scorer
 from ondol.cluster.workers import who_waits, work_on
 from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
@@ -21,7 +22,7 @@ from ondol.recipe import Recipe
 from ondol.records import Group, Trajectory
 from ondol.rollout.driver import Plan
 from ondol.train.dump import groups_of
-from ondol.train.plans import Asked, load, make_engine, plan_of
+from ondol.train.plans import Asked, load, make_engine, plan_of, reward_workers
 
 _LOOK_S = 0.02
 _TELL_S = 60.0  # without progress, until it is said who waits for whom
@@ -205,13 +206,14 @@ def executor(recipe: Recipe, loaded: LoadedModel, folder: Path, say: Callable[[s
 
 
 class Worker:
-    """What a worker holds, wherever it runs: the model and an engine over it."""
+    """What a worker holds, wherever it runs: the model, an engine over it, and its reward workers, which `scorer` makes."""
 
-    def __init__(self, recipe: Recipe, threads: int) -> None:
+    def __init__(self, recipe: Recipe, threads: int, scorer: Callable[[dict[str, Any]], Scorer] = ChildScorer) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.recipe = recipe
+        self.rewards = reward_workers(recipe, print, scorer)
         self.loaded = load(recipe)
         self.engine: Any = make_engine(recipe, self.loaded)
         self.version: int | None = None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ondol.cluster.scoring import RewardWorkers
 from ondol.errors import OndolError
 from ondol.evaluate import evaluate, held_out, many_samples, ways
 from ondol.methods.base import ActorCritic
@@ -30,7 +31,7 @@ from ondol.train.filters import Filtered, filtered, is_hopeless
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
 from ondol.train.parallel import Crew, build, world
-from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of
+from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of, reward_workers
 from ondol.train.prompts import PHASES, order
 from ondol.train.report import Reporter
 from ondol.train.updates import NotFinite
@@ -75,6 +76,7 @@ class Trainer:
         self.dump = read_trajectories(dump) if dump else None
         self.engine = make_engine(recipe, loaded)
         self.processes: Executor | None = None
+        self.rewards: RewardWorkers | None = None
         self.ahead = Ahead()
         self.crew: Crew | None = None
         self.learner: Learner | None = None
@@ -104,6 +106,7 @@ class Trainer:
                 if self.recipe.evaluate.problems and not self.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
+                self.rewards = reward_workers(self.recipe, self.reporter.warn)
                 self.processes = executor(self.recipe, self.loaded, self.run.path / "workers", self.reporter.warn)
                 for index, stage in enumerate(self.stages):
                     if index >= self.done[0]:
@@ -132,12 +135,10 @@ class Trainer:
             self.run.state = "failed"
             raise
         finally:
-            if self.processes is not None:
-                self.processes.close()
-                self.processes = None
-            if self.crew is not None:
-                self.crew.close()
-                self.crew = None
+            for part in (self.processes, self.crew, self.rewards):
+                if part is not None:
+                    part.close()
+            self.processes = self.crew = self.rewards = None
         self.run.state = "finished"
         return "finished"
 

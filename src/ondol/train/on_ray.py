@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ondol.cluster.ledger import Claimed, Key, Ledger
+from ondol.cluster.scoring import score_with
 from ondol.errors import OndolError
 from ondol.models.load import LoadedModel
 from ondol.models.save import put_weights, weights
+from ondol.parts import make
 from ondol.recipe import Recipe, load_recipe, to_table
-from ondol.records import Trajectory
+from ondol.records import Problem, Trajectory
 from ondol.train.executor import Executor, Pending, Worker
 from ondol.train.plans import Asked
 
 _ANSWER_S = 60.0  # for the ledger's actor
 _WEIGHTS_S = 600.0  # for weights to come from another node
+_ROOM_S = 120.0  # for a reward worker to begin
 _REACH_S = 10.0  # to reach a cluster's address
 _STORE_MIB = 256  # least object store of a cluster begun here, beside room for three versions of the weights
 
@@ -114,12 +117,68 @@ class KeptLedger:
             self.keeper.forget.remote(self.number)
 
 
+class RayScorer:
+    """A reward worker as an actor, wherever the cluster has room for it. Its owner's end is its own.
+
+    Args:
+        task: its table, as in a recipe.
+    """
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = task
+        self._actor: Any = None
+
+    def ask(self, problem: Problem, response: str, timeout_s: float) -> dict[str, Any] | None:
+        import ray
+        from ray import exceptions
+
+        try:
+            if self._actor is None:
+                self._actor = ray.remote(_Scoring).options(num_cpus=1).remote(self.task)
+                ray.get(self._actor.ready.remote(), timeout=_ROOM_S)
+        except exceptions.GetTimeoutError as e:
+            self.stop()
+            raise OndolError(
+                f"the cluster had no room for a reward worker for {_ROOM_S:g} s", "lower rollout.reward_workers"
+            ) from e
+        except exceptions.RayError as e:
+            self.stop()
+            raise OndolError(f"a reward worker does not start: {_first_line(e)}") from e
+        try:
+            return ray.get(self._actor.score.remote(problem, response), timeout=timeout_s)
+        except exceptions.RayError:  # it was killed, or takes too long
+            self.stop()
+            return None
+
+    def stop(self) -> None:
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None:
+            ray.kill(actor)
+
+
+class _Scoring:
+    """The actor behind it."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self._score = score_with(make("tasks", task, "task"))
+
+    def ready(self) -> None: ...
+
+    def score(self, problem: Problem, response: str) -> dict[str, Any]:
+        return self._score(problem, response)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
 class RayWorker:
     """The actor that plays rollouts."""
 
     def __init__(self, table: dict[str, Any], owner: str, threads: int) -> None:
         self.owner = owner
-        self.worker = Worker(load_recipe(table), threads)
+        self.worker = Worker(load_recipe(table), threads, RayScorer)
 
     def play(self, asked: Asked, version: int, keeper: Any, number: int) -> None:
         import ray
@@ -151,7 +210,7 @@ class RayRollouts(Executor):
         ray = _ray()
         self._ours = not ray.is_initialized()  # a cluster that somebody else is connected to stays
         if self._ours:
-            _connect(ray, recipe.rollout.cluster or "local", count, loaded)
+            _connect(ray, recipe.rollout.cluster or "local", count * (1 + recipe.rollout.reward_workers), loaded)
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -240,8 +299,8 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str, count: int, loaded: LoadedModel) -> None:
-    """Connect to a cluster, or begin one here."""
+def _connect(ray: Any, address: str, actors: int, loaded: LoadedModel) -> None:
+    """Connect to a cluster, or begin one here with room for so many actors."""
     # workers find what this process finds: plug-ins by reference are looked for in the same places
     paths = os.pathsep.join(dict.fromkeys(p for p in (*sys.path, os.environ.get("PYTHONPATH", "")) if p))
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -249,7 +308,7 @@ def _connect(ray: Any, address: str, count: int, loaded: LoadedModel) -> None:
         size = sum(v.numel() * v.element_size() for v in weights(loaded.model).values())
         settings |= {
             "address": "local",
-            "num_cpus": max(count, os.cpu_count() or 1),
+            "num_cpus": max(actors, os.cpu_count() or 1),
             "include_dashboard": False,
             "object_store_memory": 3 * size + _STORE_MIB * 2**20,
             "runtime_env": {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ondol.cluster.scoring import ChildScorer, RewardWorkers, Scorer
 from ondol.engines.torch import TorchEngine
 from ondol.models.load import LoadedModel, load_model
-from ondol.recipe import Recipe
+from ondol.recipe import Recipe, to_table
 from ondol.rollout.driver import Plan
 from ondol.rollout.masking import Masking
 from ondol.train.prompts import PHASES, problems
@@ -75,6 +77,17 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
         share_prefixes=r.share_prefixes,
         pack_weights=r.pack_weights,
     )
+
+
+def reward_workers(
+    recipe: Recipe, say: Callable[[str], None], make: Callable[[dict[str, Any]], Scorer] = ChildScorer
+) -> RewardWorkers | None:
+    """Those that the recipe sets; its task asks them until they are closed. `make` makes a scorer from the task's table."""
+    r = recipe.rollout
+    if not r.reward_workers:
+        return None
+    table = to_table(recipe)["task"]
+    return RewardWorkers(recipe.task, lambda: make(table), r.reward_workers, r.reward_timeout_s, say)
 
 
 def hit_share(before: Any, after: Any) -> float:

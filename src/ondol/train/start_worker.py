@@ -3,22 +3,9 @@
 python -m ondol.train.start_worker RECIPE OWNER THREADS      # commands come as JSON lines on its standard input
 """
 
-import ctypes
-import os
-import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-
-def end_with_the_parent() -> None:
-    """Linux sees to it; elsewhere a worker ends when its standard input does."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
+from ondol.sandbox.child import end_with_the_parent
 
 if __name__ == "__main__":
     end_with_the_parent()
