@@ -100,8 +100,7 @@ def table(service: Service, at_once: int, learners_per_workers: float) -> list[d
                 rows.append(
                     {
                         **asdict(setting),
-                        **{k: round(v, 4) for k, v in asdict(found).items()},
-                        "bottleneck": found.bottleneck,
+                        **{k: v if isinstance(v, str) else round(v, 4) for k, v in asdict(found).items()},
                     }
                 )
                 print(

@@ -15,7 +15,9 @@ from small_run import RECIPE, has_learned, importable  # noqa: F401
 
 ray = pytest.importorskip("ray")
 
+from ondol.recipe import load_recipe  # noqa: E402
 from ondol.train.on_ray import RayRollouts  # noqa: E402
+from ondol.train.plans import load  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -103,6 +105,35 @@ def test_a_node_is_killed(tmp_path, monkeypatch):
         with ondol.run(RECIPE, "rollout.processes=3", "rollout.cluster=auto", runs=tmp_path / "two") as run:
             assert outcome(run) == want
         assert len(nodes) == before - 1 and ray.is_initialized()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_weights_travel_while_workers_are_busy():
+    """They come to a worker's node as soon as there are new ones, not when it asks for them."""
+    from ray.cluster_utils import Cluster
+    from ray.experimental import get_object_locations
+
+    recipe = load_recipe(RECIPE, ["model.path=tiny:hidden=128,layers=2", "rollout.processes=1", "rollout.cluster=auto"])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        assert ray.get_runtime_context().get_node_id() != other.node_id
+        rollouts = RayRollouts(recipe, load(recipe), 1)
+        try:
+            rollouts.announce(1)
+            [state] = ray.get(rollouts._keeper.state.remote(1), timeout=60)
+            for _ in range(600):
+                if other.node_id in get_object_locations([state])[state]["node_ids"]:
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError("the weights stayed where they were")
+            assert not rollouts._open  # nobody has been asked to play
+        finally:
+            rollouts.close()
     finally:
         ray.shutdown()
         cluster.shutdown()

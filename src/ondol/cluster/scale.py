@@ -61,21 +61,14 @@ class Step:
     learner_s: float
     ledger_share: float
     efficiency: float
-
-    @property
-    def bottleneck(self) -> str:
-        if self.learner_s > self.rollouts_s + self.weights_s:
-            return "learner"
-        if self.weights_s > 0.25 * self.rollouts_s:
-            return "weights"
-        return "ledger" if self.ledger_share > 0.9 else "rollouts"
+    bottleneck: str
 
 
-def weights_s(service: Service, setting: Setting) -> float:
-    """Until the last worker has a new version."""
+def transfer_s(service: Service, setting: Setting) -> float:
+    """Until a new version has reached the last worker's machine."""
     once = service.weights_bytes / service.bytes_per_s
     hops = math.ceil(math.log2(setting.workers + 1)) if setting.broadcast else setting.workers
-    return once * hops + service.load_s
+    return once * hops
 
 
 def rollouts_s(service: Service, setting: Setting, seed: int = 0, batches: int = 1) -> tuple[float, float, float]:
@@ -113,11 +106,20 @@ def rollouts_s(service: Service, setting: Setting, seed: int = 0, batches: int =
 
 
 def step(service: Service, setting: Setting, seed: int = 0) -> Step:
-    """One step. Asynchronously (`train.staleness = 1`) the learner works on a batch while the next is sampled, which workers begin while others finish the one before; else
-    everybody waits for the last."""
+    """One step. Asynchronously (`train.staleness = 1`) the learner works on a batch while the next is sampled, which workers begin while others finish the one before, and new
+    weights travel meanwhile, so that a worker waits only until they are in place; else everybody waits for the last."""
     rollouts, alone, ledger = rollouts_s(service, setting, seed, _BATCHES if setting.asynchronous else 1)
-    weights = weights_s(service, setting)
+    transfer = transfer_s(service, setting)
     tokens = setting.workers * setting.episodes_per_worker * service.tokens_per_episode
     learner = tokens / (service.learner_tokens_per_s * setting.learners)
-    seconds = max(rollouts + weights, learner) if setting.asynchronous else rollouts + weights + learner
-    return Step(seconds, rollouts, weights, learner, ledger, alone / seconds)
+    placed = transfer + service.load_s
+    if setting.asynchronous:
+        parts = {"rollouts": rollouts + service.load_s, "weights": transfer, "learner": learner}
+        seconds = max(parts.values())
+        bottleneck = max(parts, key=lambda part: parts[part])
+    else:
+        seconds = rollouts + placed + learner
+        bottleneck = "learner" if learner > rollouts + placed else "weights" if placed > 0.25 * rollouts else "rollouts"
+    if bottleneck == "rollouts" and ledger > 0.9:
+        bottleneck = "ledger"
+    return Step(seconds, rollouts, placed, learner, ledger, alone / seconds, bottleneck)

@@ -196,6 +196,12 @@ class RayWorker:
     def _ledger(self, keeper: Any, number: int) -> Callable[[], KeptLedger]:
         return partial(KeptLedger, keeper, number, self.owner, self.worker.recipe.rollout.lease_s)
 
+    def fetch(self, state: list[Any]) -> None:
+        """Have weights come to this node, beside whatever is under way, so that nobody waits for them later."""
+        import ray
+
+        ray.wait(state, timeout=_WEIGHTS_S, fetch_local=True)
+
     def sign(self) -> None:
         """Whoever hears this is alive; it is heard while `play` is at work."""
 
@@ -229,7 +235,8 @@ class RayRollouts(Executor):
     def _start(self, owner: str) -> None:
         on_gpu = self.recipe.model.device.startswith("cuda")
         self.ray.method(concurrency_group="signs")(RayWorker.sign)
-        kind = self.ray.remote(concurrency_groups={"signs": 1})(RayWorker).options(
+        self.ray.method(concurrency_group="fetching")(RayWorker.fetch)
+        kind = self.ray.remote(concurrency_groups={"signs": 1, "fetching": 1})(RayWorker).options(
             num_cpus=self.threads, num_gpus=1 if on_gpu else 0, name=None
         )
         self._actors[owner] = kind.remote(to_table(self.recipe), owner, self.threads)
@@ -279,8 +286,10 @@ class RayRollouts(Executor):
         from safetensors.torch import save
 
         state = {k: v.cpu() for k, v in weights(self.loaded.model).items()}
-        kept = self._keeper.keep.remote(version, [self.ray.put(save(state))], wanted)
-        self.ray.get(kept, timeout=_ANSWER_S)
+        kept = [self.ray.put(save(state))]
+        self.ray.get(self._keeper.keep.remote(version, kept, wanted), timeout=_ANSWER_S)
+        for actor in self._actors.values():  # while they sample with the weights before
+            actor.fetch.remote(kept)
 
     def close(self) -> None:
         for actor in (*self._actors.values(), self._keeper):
