@@ -85,6 +85,10 @@ class RolloutSettings(Masking):
         default=True,
         description="CPU: sample with a copy of the weights that is quicker to multiply; off is the plain path",
     )
+    cuda_graphs: bool = Field(
+        default=False,
+        description="GPU: decode by replaying CUDA graphs of fixed shapes; off is the plain path. Not tried on a GPU so far",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> RolloutSettings:

@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     )
     rows: list[dict[str, Any]] = [
         {
-            "work": f"decode, {d['batch']} row{'s' if d['batch'] > 1 else ''}",
+            "work": f"decode, {d['batch']} row{'s' if d['batch'] > 1 else ''}" + ", CUDA graphs" * d["cuda_graphs"],
             "tokens/s": f"{d['tokens_per_s']:.0f}",
             "of the limit": f"{d['roofline_share']:.0%} ({d['limit']})",
         }

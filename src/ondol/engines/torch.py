@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ondol.engines.base import Completion, EngineStats, Request, uniforms
+from ondol.engines.graphs import DecodeGraphs
 from ondol.engines.sampling import sample
 from ondol.errors import OndolError
 from ondol.models import forward
@@ -57,6 +58,7 @@ class TorchEngine:
         prefill_tokens: most new prompt tokens in one forward pass.
         share_prefixes: copy KV of common prefixes; off is the plain path.
         pack_weights: on a CPU, hold a second copy of the weights that is quicker to multiply; off is the plain path.
+        cuda_graphs: decode with fixed shapes, on a GPU as CUDA graphs; the KV then stays between steps of training.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class TorchEngine:
         prefill_tokens: int = 2048,
         share_prefixes: bool = True,
         pack_weights: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model = forward.prepare(model)
         self.tokenizer = tokenizer
@@ -82,6 +85,7 @@ class TorchEngine:
         self._packed = PackedWeights(model) if pack_weights else None
         if pack_weights:
             make_lean(model)
+        self._graphs = DecodeGraphs(model, self._cache) if cuda_graphs else None
 
     # -- Engine -------------------------------------------------------------------------------------------------
 
@@ -117,7 +121,8 @@ class TorchEngine:
             raise OndolError("weights changed while turns were being sampled", "finish or release them first")
         self.version = version
         self._rows.clear()
-        self._cache.free()
+        if self._graphs is None:
+            self._cache.free()
         if self._packed is not None:
             self._packed.free()
 
@@ -148,9 +153,12 @@ class TorchEngine:
         if batch:
             if self._packed is not None:
                 self._packed.refresh()
-            states = self._forward(batch)
-            if ready:
-                done += self._sample(ready, forward.logits(self.model, states))
+            logits = self._replay(batch)
+            if logits is None:
+                states = self._forward(batch)
+                logits = forward.logits(self.model, states) if ready else None
+            if logits is not None:
+                done += self._sample(ready, logits)
         self.stats.steps += 1
         self.stats.seconds += time.perf_counter() - started
         return done
@@ -257,6 +265,17 @@ class TorchEngine:
         for row, new in batch:
             row.cached += new
         return states[torch.tensor(last, device=device, dtype=torch.long)]
+
+    def _replay(self, batch: list[tuple[_Row, int]]) -> Tensor | None:
+        """Logits by a step of fixed shape, where that is possible."""
+        if self._graphs is None or any(new != 1 for _, new in batch):
+            return None
+        tokens = {row.slot: (row.tokens[row.cached], row.cached) for row, _ in batch}
+        logits = self._graphs.run(tokens, {r.slot: r.cached for r in self._rows.values()})
+        if logits is not None:
+            for row, new in batch:
+                row.cached += new
+        return logits
 
     def _sample(self, rows: list[_Row], logits: Tensor) -> list[Completion]:
         """Draw one token for each row, record it, and return the turns that ended with it."""

@@ -76,6 +76,7 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
         max_batch=r.max_batch,
         share_prefixes=r.share_prefixes,
         pack_weights=r.pack_weights,
+        cuda_graphs=r.cuda_graphs,
     )
 
 

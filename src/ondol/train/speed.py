@@ -58,12 +58,16 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"gflops": 2 * n**3 / product / 1e9, "gb_per_s": 2 * source.numel() * 4 / copy / 1e9}
 
 
-def sampling(loaded: LoadedModel, batch: int, prompt: int, new: int, *, same_prompt: bool = True) -> dict[str, Any]:
+def sampling(
+    loaded: LoadedModel, batch: int, prompt: int, new: int, *, same_prompt: bool = True, cuda_graphs: bool = False
+) -> dict[str, Any]:
     """Sample `new` tokens in each of `batch` rows after `prompt` tokens; seconds, tokens per second of decoding alone."""
     r = random.Random(0)
     most = len(loaded.tokenizer) - 1
     prompts = [[r.randint(0, most) for _ in range(prompt)] for _ in range(1 if same_prompt else batch)]
-    engine = TorchEngine(loaded.model, loaded.tokenizer, loaded.context_length, max_batch=batch)
+    engine = TorchEngine(
+        loaded.model, loaded.tokenizer, loaded.context_length, max_batch=batch, cuda_graphs=cuda_graphs
+    )
 
     def run(length: int) -> list[float]:
         """Seconds of each step; the last `length - 1` decode every row."""
@@ -79,11 +83,12 @@ def sampling(loaded: LoadedModel, batch: int, prompt: int, new: int, *, same_pro
             times.append(time.perf_counter() - started)
         return times
 
-    run(2)
+    run(new if cuda_graphs else 2)  # they are captured at the first steps of their shape
     times = run(new)
     step = statistics.median(times[-(new - 1) :])  # a step that another process held up does not count
     return {
         "batch": batch,
+        "cuda_graphs": cuda_graphs,
         "seconds": sum(times),
         "tokens_per_s": batch / step,
         "step_ms": 1000 * step,
@@ -176,9 +181,10 @@ def measure(
         body -= head
     bytes_ = (body + head) * weight.element_size()
     decoding = []
-    for batch in batches:
-        say(f"sampling, batch {batch}")
-        row = sampling(loaded, batch, prompt, new)
+    ways = [(batch, graphs) for batch in batches for graphs in ((False, True) if device.type == "cuda" else (False,))]
+    for batch, graphs in ways:
+        say(f"sampling, batch {batch}" + ", CUDA graphs" * graphs)
+        row = sampling(loaded, batch, prompt, new, cuda_graphs=graphs)
         read, compute = bytes_ / rates["gb_per_s"] / 1e9, 2 * (body + head) * batch / rates["gflops"] / 1e9
         row["limit"] = "memory" if read > compute else "arithmetic"
         row["roofline_share"] = 1000 * max(read, compute) / row["step_ms"]
@@ -209,12 +215,15 @@ def measure(
 def advice(found: dict[str, Any]) -> list[str]:
     """What would be faster here, from the figures alone."""
     out = []
-    rows = found["decoding"]
+    rows = [row for row in found["decoding"] if not row["cuda_graphs"]]
     if len(rows) > 1 and rows[-1]["tokens_per_s"] > 1.3 * rows[-2]["tokens_per_s"]:
         out.append(
             f"more rows at once: {rows[-1]['batch']} rows give {rows[-1]['tokens_per_s'] / rows[-2]['tokens_per_s']:.1f} times the tokens "
             f"of {rows[-2]['batch']} (rollout.max_batch, train.samples_per_prompt)"
         )
+    replayed = [row for row in found["decoding"] if row["cuda_graphs"]]
+    if replayed and (gain := replayed[-1]["tokens_per_s"] / rows[-1]["tokens_per_s"]) > 1.05:
+        out.append(f"CUDA graphs decode {gain:.1f} times as many tokens here: rollout.cuda_graphs")
     learn = found["learning"]
     shared = learn["sequence_tokens"] / learn["computed_tokens"]
     if shared > 1.05:
