@@ -62,14 +62,13 @@ class _GatedMLP(torch.autograd.Function):
         flat = (-1, x.shape[-1])
         d, rows = grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(flat)
         g, u = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1])
-        sigmoid = torch.sigmoid(g)
-        open_ = g * sigmoid  # silu(g)
+        open_ = silu(g)
         d_gate = d_up = d_down = d_x = None
         if ctx.needs_input_grad[3]:
             d_down = d.T @ (open_ * u)
         d_h = d @ down
         d_u = d_h * open_
-        d_g = d_h.mul_(u).mul_(sigmoid.add_(open_ - open_ * sigmoid))  # silu' = s + silu (1 - s)
+        d_g = torch.ops.aten.silu_backward(d_h.mul_(u), g)
         if ctx.needs_input_grad[1]:
             d_gate = d_g.T @ rows
         if ctx.needs_input_grad[2]:

@@ -28,22 +28,24 @@ from ondol.records import Finish, Group, Problem, StopReason, Trajectory, Turn
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
 
+_RATE_S = 1.0  # for each rate: a shorter look may meet a moment in which the neighbours of a virtual machine rest
+
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def best_of(work: Callable[[], Any], repeat: int, device: torch.device) -> float:
-    """Seconds of the quickest of `repeat` runs."""
-    times = []
-    for _ in range(repeat):
+def seconds_of(work: Callable[[], Any], device: torch.device, least_s: float = 0.0, least: int = 1) -> float:
+    """Median seconds of as many runs as take `least_s`, and at least `least`."""
+    times: list[float] = []
+    while len(times) < least or sum(times) < least_s:
         _synchronize(device)
         started = time.perf_counter()
         work()
         _synchronize(device)
         times.append(time.perf_counter() - started)
-    return min(times)
+    return statistics.median(times)
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -53,8 +55,8 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     source = torch.zeros(1 << (28 if device.type == "cuda" else 26), dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     with torch.inference_mode():
-        product = best_of(lambda: a @ b, 6, device)
-        copy = best_of(lambda: target.copy_(source), 6, device)
+        product = seconds_of(lambda: a @ b, device, _RATE_S, 6)
+        copy = seconds_of(lambda: target.copy_(source), device, _RATE_S, 6)
     return {"gflops": 2 * n**3 / product / 1e9, "gb_per_s": 2 * source.numel() * 4 / copy / 1e9}
 
 
@@ -105,7 +107,8 @@ def learning(
     tokens_per_microbatch: int,
     share: bool = True,
 ) -> dict[str, float]:
-    """One GRPO update (the second one: the first also makes the optimiser's state). The model is changed by a hair."""
+    """One GRPO update as in the middle of a run: the median of three after two others, in which the optimiser's state is made and memory is touched
+    for the first time. The model is changed by a hair."""
     r = random.Random(1)
     most = len(loaded.tokenizer) - 1
     made = []
@@ -142,11 +145,9 @@ def learning(
     )
     learner.version = -2  # these log-probs are nobody's: nothing is compared
     method = GRPO(kl_coef=0.0)
-    learner.reinforce(made, method)
-    started = time.perf_counter()
-    metrics = learner.reinforce(made, method)
-    _synchronize(forward.head(loaded.model).device)
-    seconds = time.perf_counter() - started
+    for _ in range(2):
+        metrics = learner.reinforce(made, method)
+    seconds = seconds_of(lambda: learner.reinforce(made, method), forward.head(loaded.model).device, least=3)
     distinct = groups * (prompt + samples * new)
     return {
         "seconds": seconds,
@@ -173,7 +174,9 @@ def measure(
     weight = forward.head(loaded.model)
     device, dtype = weight.device, weight.dtype
     say("the machine")
-    rates = machine_rates(device, dtype)
+    rates = machine_rates(
+        device, dtype
+    )  # again after each part: a part is held against what was there before and after it
     parameters = sum(p.numel() for p in loaded.model.parameters())
     head = weight.numel()
     body = parameters - head  # the head is met by targets only; an embedding of its own is looked up, not multiplied
@@ -184,15 +187,18 @@ def measure(
     ways = [(batch, graphs) for batch in batches for graphs in ((False, True) if device.type == "cuda" else (False,))]
     for batch, graphs in ways:
         say(f"sampling, batch {batch}" + ", CUDA graphs" * graphs)
-        row = sampling(loaded, batch, prompt, new, cuda_graphs=graphs)
-        read, compute = bytes_ / rates["gb_per_s"] / 1e9, 2 * (body + head) * batch / rates["gflops"] / 1e9
+        decoding.append(sampling(loaded, batch, prompt, new, cuda_graphs=graphs))
+    then = machine_rates(device, dtype)
+    for row in decoding:
+        read = 1000 * bytes_ / _mean(rates, then, "gb_per_s") / 1e9
+        compute = 1000 * 2 * (body + head) * row["batch"] / _mean(rates, then, "gflops") / 1e9
         row["limit"] = "memory" if read > compute else "arithmetic"
-        row["roofline_share"] = 1000 * max(read, compute) / row["step_ms"]
-        decoding.append(row)
+        row["roofline_share"] = max(read, compute) / row["step_ms"]
     say("learning")
     learn = learning(loaded, groups, samples, prompt, new, tokens_per_microbatch)
+    last = machine_rates(device, dtype)
     flops = 6 * (body * learn["computed_tokens"] + head * learn["targets"])
-    learn["mfu"] = flops / learn["seconds"] / rates["gflops"] / 1e9
+    learn["mfu"] = flops / learn["seconds"] / _mean(then, last, "gflops") / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     memory = {"peak_mib": peak, "weights_mib": parameters * weight.element_size() / 2**20}
     if device.type == "cuda":
@@ -203,13 +209,17 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "machine": rates,
+        "machine": {name: statistics.mean(r[name] for r in (rates, then, last)) for name in rates},
         "decoding": decoding,
         "learning": learn,
         "memory": memory,
     }
     found["advice"] = advice(found)
     return found
+
+
+def _mean(a: dict[str, float], b: dict[str, float], name: str) -> float:
+    return (a[name] + b[name]) / 2
 
 
 def advice(found: dict[str, Any]) -> list[str]:
