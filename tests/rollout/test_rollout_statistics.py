@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ondol.records import Finish, Group, Problem, ToolCall, ToolResult, Trajectory, Turn
-from ondol.rollout.statistics import is_void, statistics
+from ondol.records import Finish, Group, Problem, StopReason, ToolCall, ToolResult, Trajectory, Turn
+from ondol.rollout.statistics import is_void, statistics, what_failed
 
 PROBLEM = Problem("p", "q", "a")
 
@@ -61,3 +61,18 @@ def test_tool_errors_of_right_trajectories():
     stats = statistics([Group(PROBLEM, ts)])
     assert stats["tools/error_share"] == 0.8 and stats["tools/error_share_in_positives"] == 0.5
     assert "tools/error_share_in_positives" not in statistics([Group(PROBLEM, ts[1:])])
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6))
+def test_failures_are_told_of_when_they_are_most(errors, late, fine):
+    made = [one(0.0) for _ in range(errors + late + fine)]
+    for t in made:
+        t.stop_reason = StopReason.ANSWERED
+    for t in made[:errors]:
+        t.stop_reason, t.info["error"] = StopReason.ERROR, "no\nserver"
+    for t in made[errors : errors + late]:
+        t.stop_reason = StopReason.TIMEOUT
+    said = what_failed(made)
+    assert (said is not None) == (errors + late > fine)
+    if said:
+        assert ("no server" in said) == (errors > 0) and ("rollout.timeout_s" in said) == (late > 0)

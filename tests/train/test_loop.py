@@ -365,6 +365,22 @@ def test_no_test_problems_is_said(tmp_path) -> None:
     assert any("no test problems" in w for w in heard.warnings)
 
 
+def test_rollouts_that_fail_are_warned_of(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def broken(self, problem):
+        asked.append(problem)
+        if len(asked) > 1:  # what is tried before the run begins is still there
+            raise RuntimeError("the pictures are not there")
+        return ()
+
+    monkeypatch.setattr("toy.Toy.images", broken)
+    heard = Heard()
+    go(tmp_path, "train.steps=1", reporter=heard)
+    for where in ("evaluation 'before', greedy", "step 1"):
+        assert any(w.startswith(where) and "the pictures are not there" in w for w in heard.warnings), heard.warnings
+
+
 def test_a_mismatch_is_warned_of(tmp_path, monkeypatch) -> None:
     """Where learner and sampler disagree about log-probs, the run says so and goes on."""
     real = loop.Trainer._rollout

@@ -42,6 +42,21 @@ def statistics(
     return out | _answers([g for g in groups if g.trajectories], answer_class)
 
 
+def what_failed(trajectories: Sequence[Trajectory]) -> str | None:
+    """In words, when more than half of them ended with an error or out of time: then it is rarely the policy that is to blame."""
+    errors = [t for t in trajectories if t.stop_reason is StopReason.ERROR]
+    late = sum(t.stop_reason is StopReason.TIMEOUT for t in trajectories)
+    if 2 * (len(errors) + late) <= len(trajectories):
+        return None
+    said = []
+    if errors:
+        first = " ".join(str(errors[0].info.get("error", "")).split())[:300]
+        said.append(f"{len(errors)} ended with an error, the first with: {first}")
+    if late:
+        said.append(f"{late} ran out of time (rollout.timeout_s)")
+    return f"of {len(trajectories)} trajectories " + "; ".join(said)
+
+
 def is_void(turn: Turn) -> bool:
     """Neither a tool call nor an answer: cut off before either, or blank."""
     return not turn.calls and (turn.finish in (Finish.LENGTH, Finish.CONTEXT) or not turn.text.strip())

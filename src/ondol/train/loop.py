@@ -255,6 +255,7 @@ class Trainer:
             if mode == "sampled":
                 metrics |= many_samples(result, r.task)
             recorded.append((mode, result.trajectories))
+            self.reporter.failures(f"evaluation '{rung}', {mode}", result.trajectories)
             if mode == "greedy":
                 self.reporter.trajectory(f"{rung}, greedy", result.trajectories[0])
         with self.run.db.step():
@@ -271,6 +272,7 @@ class Trainer:
         groups = self._rollout(
             Asked("warm_start", 0, 0, w.problems, w.samples_per_problem, temperature=w.temperature, examples=True)
         )
+        self.reporter.failures("warm start", [t for g in groups for t in g.trajectories])
         kept = accepted((t for g in groups for t in g.trajectories), w.keep_per_problem)
         tried = w.problems * w.samples_per_problem
         metrics = {
@@ -331,6 +333,7 @@ class Trainer:
         found = Filtered([], groups) if self.rollout_only else self._filtered(groups, step)
         groups = found.sampled
         sampled_in = time.perf_counter() - started
+        self.reporter.failures(f"step {step}", [t for g in groups for t in g.trajectories])
         metrics = r.method.reports(groups) | self._statistics(groups)
         metrics["rollout/seconds"] = sampled_in
         metrics["rollout/tokens_per_s"] = metrics["rollout/sampled_tokens"] / sampled_in

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ondol.records import Trajectory
+from ondol.rollout.statistics import what_failed
 
 
 class Reporter:
@@ -25,3 +28,8 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Something happened that a person should know."""
+
+    def failures(self, where: str, trajectories: Sequence[Trajectory]) -> None:
+        """Warns of rollouts of which most have failed."""
+        if said := what_failed(trajectories):
+            self.warn(f"{where}: {said}")
