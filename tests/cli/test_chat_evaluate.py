@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from ondol.cli import main
+from ondol.cluster.scoring import RewardWorkers
 from ondol.rollout.driver import Plan
 from ondol.store import Run
 
@@ -84,6 +85,14 @@ def test_evaluate_gives_what_the_run_itself_measured(root: Path, capsys):
         assert sum(data["results"][way]["stop"].values()) == pytest.approx(1)
     assert [data["results"][w]["samples"] for w in ("no_tool", "greedy", "sampled")] == [1, 1, 2]
     assert data["results"]["sampled"]["problems"] == 3
+
+
+def test_evaluate_with_reward_workers_gives_the_same(root: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    asked, score = [], RewardWorkers._score
+    monkeypatch.setattr(RewardWorkers, "_score", lambda *a: asked.append(a) or score(*a))
+    argv = ["evaluate", "last", "--runs", str(root / "runs"), "--json"]
+    want, got = (json.loads(call(capsys, *argv, *more)[1]) for more in ((), ("--set", "rollout.reward_workers=1")))
+    assert asked and got == want
 
 
 def test_evaluate_as_a_table(root: Path, capsys):

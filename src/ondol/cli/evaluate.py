@@ -43,6 +43,11 @@ def run(args: Namespace) -> int:
     results: dict[str, Evaluation] = {}
     with ExitStack() as stack:
         engine, renderer, name = open_model(args, recipe, path, folder, console, stack)
+        if recipe.rollout.reward_workers:
+            from ondol.train.plans import reward_workers
+
+            if workers := reward_workers(recipe, lambda text: console.print(Text(text, "yellow"))):
+                stack.enter_context(workers)
         console.print(Text(f"evaluating {name}", "bold"))
         complete = _measure(recipe, engine, renderer, problems, modes, results, console)
     failed = [t for r in results.values() for t in r.trajectories if t.stop_reason is StopReason.ERROR]

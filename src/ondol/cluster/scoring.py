@@ -110,6 +110,12 @@ class RewardWorkers:
             raise OndolError(answer["error"])
         return float(answer["score"])
 
+    def __enter__(self) -> RewardWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self.task.judged_by(None)
         for scorer in self.scorers:

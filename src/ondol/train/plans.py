@@ -83,7 +83,7 @@ def make_engine(recipe: Recipe, loaded: LoadedModel) -> TorchEngine:
 def reward_workers(
     recipe: Recipe, say: Callable[[str], None], make: Callable[[dict[str, Any]], Scorer] = ChildScorer
 ) -> RewardWorkers | None:
-    """Those that the recipe sets; its task asks them until they are closed. `make` makes a scorer from the task's table."""
+    """Those that the recipe sets (None: none); its task asks them until they are closed. `make` makes a scorer from the task's table."""
     r = recipe.rollout
     if not r.reward_workers:
         return None
