@@ -204,6 +204,10 @@ class TrainSettings(Part):
         default=2.0, ge=1, description="decoupled: most that a token is weighted with (truncated importance sampling)"
     )
     share_prompts: bool = Field(default=True, description="compute each group's prompt once in the learner")
+    flex_attention: bool = Field(
+        default=False,
+        description="GPU: the learner's attention over a micro-batch in one kernel; off is the plain path. Not tried on a GPU so far",
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory for more compute")
     checkpoint_every_steps: int = Field(
         default=5, ge=1, description="steps between checkpoints; the last step has one too"

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ondol.errors import OndolError
 from ondol.models import forward
 from ondol.records import Batch, Segment
+from ondol.train.flex import FlexSegments, uses_flex
 
 #: rows x vocabulary up to which the output layer's probabilities are kept for the backward pass; beyond it they are computed again
 HEAD_BUDGET = 1 << 27
@@ -20,7 +21,8 @@ HEAD_CHUNK = 1 << 24
 
 def target_states(model: nn.Module, batch: Batch) -> Tensor:
     """Hidden states [T, width] from which the targets of `batch` are predicted."""
-    attend = SegmentAttention(batch.segments, batch.ids.device)
+    kind = FlexSegments if uses_flex(model) else SegmentAttention
+    attend = kind(batch.segments, batch.ids.device)
     return forward.hidden(model, batch.ids, batch.positions, attend)[batch.source]
 
 

@@ -40,6 +40,7 @@ from ondol.models.save import put_weights, weights
 from ondol.recipe import Recipe, load_recipe, to_table
 from ondol.records import Batch, Group, Segment, Trajectory
 from ondol.train.critic import CriticLearner
+from ondol.train.flex import use_flex
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
 from ondol.train.plans import load
@@ -222,6 +223,8 @@ def build(
 ) -> Learner:
     """The learner of a training stage; `critic` is one that an earlier stage had."""
     r, settings = recipe, recipe.optimizer
+    if r.train.flex_attention:
+        use_flex(loaded.model)
     if stage == "sft" and r.warm_start is not None:
         settings = settings.model_copy(update={"learning_rate": r.warm_start.learning_rate})
     if isinstance(r.method, ActorCritic) and stage in ("value", "rl") and critic is None:
