@@ -25,6 +25,7 @@ from ondol.models import forward
 from ondol.models.load import LoadedModel
 from ondol.recipe import OptimizerSettings
 from ondol.records import Finish, Group, Problem, StopReason, Trajectory, Turn
+from ondol.train.flex import use_flex
 from ondol.train.learner import Learner
 from ondol.train.optimizer import Optimizer
 
@@ -199,6 +200,10 @@ def measure(
     last = machine_rates(device, dtype)
     flops = 6 * (body * learn["computed_tokens"] + head * learn["targets"])
     learn["mfu"] = flops / learn["seconds"] / _mean(then, last, "gflops") / 1e9
+    if device.type == "cuda":
+        say("learning, FlexAttention")
+        use_flex(loaded.model)
+        learn["flex_seconds"] = learning(loaded, groups, samples, prompt, new, tokens_per_microbatch)["seconds"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     memory = {"peak_mib": peak, "weights_mib": parameters * weight.element_size() / 2**20}
     if device.type == "cuda":
@@ -235,6 +240,8 @@ def advice(found: dict[str, Any]) -> list[str]:
     if replayed and (gain := replayed[-1]["tokens_per_s"] / rows[-1]["tokens_per_s"]) > 1.05:
         out.append(f"CUDA graphs decode {gain:.1f} times as many tokens here: rollout.cuda_graphs")
     learn = found["learning"]
+    if (gain := learn["seconds"] / learn.get("flex_seconds", learn["seconds"])) > 1.05:
+        out.append(f"FlexAttention learns {gain:.1f} times as fast here: train.flex_attention")
     shared = learn["sequence_tokens"] / learn["computed_tokens"]
     if shared > 1.05:
         out.append(
