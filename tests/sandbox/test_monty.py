@@ -166,6 +166,8 @@ def test_a_worker_that_died_while_idle_does_not_harm_the_session_that_needs_room
         await a.run("x = 1")
         pid = a._live.worker_pid
         os.kill(pid, how)
+        while how == signal.SIGSTOP and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            await asyncio.sleep(0.01)
         try:
             other = await b.run("x = 2\nx")  # takes the room of a, whose worker can no more give its state
             lost, fresh, again = await a.run("x"), await a.run("3"), await b.run("x")

@@ -113,7 +113,7 @@ every_task = pytest.mark.parametrize("task", CASES, indirect=True)
 
 
 def test_every_built_in_task_has_a_case(tables):
-    elsewhere = {"openenv", "verifiers"}  # tests/tasks/test_openenv.py, tests/tasks/test_verifiers.py
+    elsewhere = {"openenv", "verifiers"}  # tests/tasks/test_openenv.py, tests/tasks/test_verifiers_package.py
     assert {t["name"] for t in tables.values()} == set(parts.BUILT_IN["tasks"]) - elsewhere and set(tables) == set(
         CASES
     )

@@ -32,6 +32,7 @@ def qkv(length: int, heads: tuple[int, int], **kind) -> list[torch.Tensor]:
     return [torch.randn(n, length, 16, dtype=torch.float64, **kind) for n in (heads[0], heads[1], heads[1])]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @settings(max_examples=20, deadline=None)
 @given(forests(), st.sampled_from([(1, 1), (6, 2), (3, 3)]), st.sampled_from([None, 1, 7, 50]))
 def test_the_plain_paths_numbers(segments, heads, window):

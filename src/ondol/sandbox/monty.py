@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import tempfile
 from collections import OrderedDict
 from datetime import datetime
@@ -103,7 +105,7 @@ class MontySession:
             await self._take_worker()
         except (OSError, RuntimeError, MontyError) as e:  # OSError: TimeoutError is one
             self._drop()
-            return "crashed", f"SandboxError: {e or 'no worker came in time'}"
+            return "crashed", f"SandboxError: {str(e) or 'no worker came in time'}"
         kind = "crashed"  # also what the `finally` sees when we are cancelled
         too_long = f"TimeoutError: ran longer than {self.timeout_s:g} s"
         try:
@@ -176,14 +178,16 @@ class MontySession:
         async with self._lock:
             if self._live is None:
                 return
-            state = None
+            live, state = self._live, None
             try:
                 async with asyncio.timeout(_DUMP_S):
-                    state = await self._live.dump()
+                    state = await live.dump()
                 await self._give_back()
             except (OSError, RuntimeError, MontyError):  # OSError: TimeoutError is one
                 pass
             finally:  # also when we are cancelled: half a dump is no state
+                if state is None:
+                    _kill(live)
                 self._drop()
                 self._parked, self._lost = state, state is None
 
@@ -205,6 +209,12 @@ class MontySession:
             _workers.taken -= 1
         self._live = self._parked = None
         _workers.idle.pop(id(self), None)
+
+
+def _kill(live: Any) -> None:
+    """End a worker that does not answer. One that is frozen would be handed out again by its pool, and hold up whoever gets it."""
+    with contextlib.suppress(OSError, RuntimeError, TypeError):
+        os.kill(live.worker_pid, signal.SIGKILL)
 
 
 class _Workers:

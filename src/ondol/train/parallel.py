@@ -52,6 +52,7 @@ _IDLE_S = (
 )  # a follower waits while its leader samples or evaluates; should that one die, the wait ends at once
 _START_S = 300.0  # for all to be there
 _LOG_CHARS = 2000
+_LAST_WORDS_S = 10.0  # a connection is known to be gone before its process has written why and ended
 TRAINS = ("reinforce", "imitate")  # what changes the policy
 
 
@@ -373,7 +374,7 @@ class Crew:
 
     def said(self) -> str:
         """The last words of those that have ended."""
-        until = time.monotonic() + 1.0  # a connection may be known to be gone before its process is
+        until = time.monotonic() + _LAST_WORDS_S
         while all(p.poll() is None for p in self._started) and self._started and time.monotonic() < until:
             time.sleep(0.01)
         gone = [(i + 1, p.poll()) for i, p in enumerate(self._started) if p.poll() not in (None, 0)]
