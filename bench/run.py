@@ -52,13 +52,17 @@ def cpu() -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--works", default="A,B,C,D")
+    p.add_argument("--works", default="A,B,C,D", help="of A, B, C and D; E is measured with A, F with A and B")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--long-rounds", type=int, default=1, help="of B and C, whose sides take minutes each")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--peer-python", default=str(HERE / ".venv/bin/python"), help="an environment with the peers")
     p.add_argument("--limit", type=float, default=1800, help="seconds that one side may take")
     args = p.parse_args()
+    if unknown := set(args.works.split(",")) - set("ABCD"):
+        p.error(
+            f"--works: no work is called {', '.join(sorted(unknown))}; known: A, B, C, D (E is measured with A, F with A and B)"
+        )
     from ondol.models.bundled import bundled_path
 
     model = str(bundled_path())
