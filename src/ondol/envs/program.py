@@ -152,9 +152,13 @@ class _Episode:
             anew, messages = self._observe(more)
             return StepResult(messages, anew=anew)
         if more.failed:
-            why = (f"{spent}, and at one more request ", "see env.max_turns") if refused else ("",)
-            raise OndolError(f"{why[0]}the agent failed: {more.said}", *why[1:])
-        played = more.played or Played(more.said, score := await self.task.judged(self.problem, more.said), score)
+            if refused:
+                raise OndolError(f"{spent}, and at one more request the agent failed: {more.said}", "see env.max_turns")
+            raise OndolError(f"the agent failed: {more.said}")
+        played = more.played
+        if played is None:
+            score = await self.task.judged(self.problem, more.said)
+            played = Played(more.said, score, score)
         return StepResult(
             [], reward=played.reward, terminated=True, score=played.score, info={"response": played.response}
         )

@@ -169,9 +169,6 @@ class _Scoring:
     def score(self, problem: Problem, response: str) -> dict[str, Any]:
         return self._score(problem, response)
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 class RayWorker:
     """The actor that plays rollouts."""

@@ -175,9 +175,8 @@ def measure(
     weight = forward.head(loaded.model)
     device, dtype = weight.device, weight.dtype
     say("the machine")
-    rates = machine_rates(
-        device, dtype
-    )  # again after each part: a part is held against what was there before and after it
+    # again after each part: a part is held against what was there before and after it
+    rates = machine_rates(device, dtype)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     head = weight.numel()
     body = parameters - head  # the head is met by targets only; an embedding of its own is looked up, not multiplied
