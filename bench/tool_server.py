@@ -49,6 +49,8 @@ class Trajectory:
         self.seconds: list[float] = []
         self.wrong: list[str] = []
         self.lost: list[str] = []  # calls whose process was killed
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+        self.go_on.set()
 
     def text(self, k: int) -> str:
         """What is asked of the tool."""
@@ -74,6 +76,8 @@ class Trajectory:
             self.seconds.append(time.perf_counter() - started)
             self.check(k, said, kind)
             progress[0] += 1
+            self.begun.set()
+            await self.go_on.wait()
         if self.batch:
             await client.observe([self.id], [""], finish=[True])
         else:
@@ -154,11 +158,16 @@ def kill_two(server: int) -> dict[str, int]:
 
 async def drive(url: str, server: int, trajectories: list[Trajectory]) -> tuple[float, dict[str, int]]:
     client, progress, killed = ToolClient(url, timeout_s=240), [0], {}
+    # One trajectory of the isolated tool rests after its first call, so that a process of that tool is there to be killed.
+    resting = next(t for t in trajectories if t.tool == "lonely" and t.kinds[0] == "add")
+    resting.go_on.clear()
 
     async def killer() -> None:
+        await resting.begun.wait()
         while progress[0] < len(trajectories) * CALLS // 3:
             await asyncio.sleep(0.02)
         killed.update(await asyncio.to_thread(kill_two, server))
+        resting.go_on.set()
 
     started = time.perf_counter()
     await asyncio.gather(killer(), *(t.run(client, progress) for t in trajectories))
