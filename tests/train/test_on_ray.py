@@ -10,12 +10,14 @@ import pytest
 
 import ondol
 from judged import scorers
+from ondol.cli import main
 from ondol.errors import OndolError
 from small_run import RECIPE, has_learned, importable  # noqa: F401
 
 ray = pytest.importorskip("ray")
 
 from ondol.recipe import load_recipe  # noqa: E402
+from ondol.train import on_ray  # noqa: E402
 from ondol.train.on_ray import RayRollouts  # noqa: E402
 from ondol.train.plans import load  # noqa: E402
 
@@ -137,6 +139,47 @@ def test_weights_travel_while_workers_are_busy():
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_the_cluster_is_gone(tmp_path, monkeypatch):
+    """The run says so instead of beginning a cluster of its own, and goes on without one."""
+    with ondol.run(RECIPE, runs=tmp_path / "one") as run:
+        want = outcome(run)
+    told = RayRollouts._tell
+
+    def tell(self, owner, pending):
+        told(self, owner, pending)
+        if pending.asked.step == 2:
+            ray.shutdown()
+
+    steps = ("rollout.processes=1", "rollout.cluster=local", "train.checkpoint_every_steps=1")
+    with monkeypatch.context() as m, pytest.raises(OndolError, match="Ray cluster 'local' is gone"):
+        m.setattr(RayRollouts, "_tell", tell)
+        ondol.run(RECIPE, *steps, runs=tmp_path / "two")
+    assert not ray.is_initialized()
+    assert main(["resume", "last", "--cluster", "none", "--runs", str(tmp_path / "two")]) == 0
+    with ondol.open_run("last", runs=tmp_path / "two") as run:
+        assert outcome(run) == want and run.recipe["rollout"]["cluster"] == "local"
+    assert not ray.is_initialized()
+
+
+def test_a_client_is_refused_at_first(monkeypatch):
+    """Ray's server for clients fails its first one now and then."""
+    asked = []
+
+    def init(**settings):
+        asked.append(settings["address"])
+        if len(asked) < refusals:
+            raise ConnectionAbortedError("Initialization failure from server:\nTraceback ...\nRuntimeError: no fork")
+
+    monkeypatch.setattr(ray, "init", init)
+    refusals = 3
+    on_ray._connect(ray, "auto", 1, None)
+    assert len(asked) == 3
+    refusals, asked = 9, []
+    with pytest.raises(OndolError, match="from server: RuntimeError: no fork"):
+        on_ray._connect(ray, "auto", 1, None)
+    assert len(asked) == 3
 
 
 def test_no_cluster_there(tmp_path):

@@ -52,8 +52,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     assert killed and found[0] == want[0] and found[1] == want[1] and found[2] == want[2]
 
 
-def test_sampling_ahead(tmp_path):
-    """Staleness is bounded and shown; a run that was stopped and resumed is the run that was not."""
+def test_sampling_ahead(tmp_path, capsys):
+    """Staleness is bounded and shown; a run that was stopped and resumed, with more workers now, is the run that was not."""
     steps = ("rollout.processes=1", "train.steps=5", "train.staleness=2", "train.checkpoint_every_steps=2")
     with ondol.run(RECIPE, *steps, runs=tmp_path / "whole") as run:
         want = outcome(run)
@@ -75,7 +75,10 @@ def test_sampling_ahead(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         ondol.run(RECIPE, *steps, runs=tmp_path / "stopped", reporter=Stop())
-    assert main(["resume", "last", "--runs", str(tmp_path / "stopped")]) == 0
+    resume = ["resume", "last", "--runs", str(tmp_path / "stopped"), "--set"]
+    assert main([*resume, "train.steps=6"]) == 1
+    assert "rollout.processes" in (said := capsys.readouterr().err) and "begin a new run" in said
+    assert main([*resume, "rollout.processes=2"]) == 0
     with ondol.open_run("last", runs=tmp_path / "stopped") as run:
         found = outcome(run)
     assert found[0] == want[0] and found[2] == want[2]

@@ -75,14 +75,22 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="rollouts by workers on a Ray cluster: 'local' (begun here), 'auto' (the one that runs) or ray://HOST:10001; "
+        help="rollouts by workers on a Ray cluster: 'local' (begun here), 'auto' (the one that runs), ray://HOST:10001 or 'none'; "
         "their number is rollout.processes (default: 2)",
     )
     c.add_argument("--from-dump", metavar="FILE|RUN", help="train on recorded trajectories instead of sampling")
 
-    c = command("resume", "train", "go on with a run that was stopped or killed", "ondol resume last")
+    c = command("resume", "train", "go on with a run that was stopped or killed", "ondol resume last --cluster none")
     run(c)
     root(c)
+    c.add_argument("--cluster", metavar="ADDRESS", help="with another Ray cluster, or 'none': on this machine")
+    c.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change where it runs, e.g. rollout.processes=2 or train.learners=1; what it learns cannot be changed",
+    )
 
     c = command(
         "evaluate",

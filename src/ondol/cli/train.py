@@ -39,6 +39,17 @@ _SHOWN = (
     "loss/sft", "warm_start/accepted_share", "eval/score_no_tool", "eval/score_greedy", "eval/score_sampled",
 )  # fmt: skip
 
+# what a run may change when it goes on: where it is computed, not what
+PLACES = (
+    "rollout.processes",
+    "rollout.cluster",
+    "rollout.reward_workers",
+    "rollout.lease_s",
+    "train.learners",
+    "train.fsdp",
+    "model.device",
+)
+
 
 class ConsoleReporter(Reporter):
     """Shows a run to a person."""
@@ -100,13 +111,7 @@ def _start(args: Namespace, console: Console) -> int:
     """A new run. Its folder is made last: a mistake in the recipe, the dump or the model leaves none behind."""
     if args.rollout_only and args.from_dump:
         raise OndolError("--rollout-only samples and --from-dump does not", "give one of them")
-    settings = list(args.set)
-    if args.cluster:
-        settings.append(f"rollout.cluster={args.cluster}")
-        if not any(s.startswith("rollout.processes=") for s in settings):
-            found = read_table(args.recipe).get("rollout", {}).get("processes", 0)
-            settings.append(f"rollout.processes={found or 2}")
-    recipe = load_recipe(args.recipe, settings)
+    recipe = load_recipe(*_on_cluster(args, read_table(args.recipe)))
     recipe.task.check(4)
     recipe.env.facts()  # what it requires of this machine
     dump = _dump(args)
@@ -124,11 +129,33 @@ def _start(args: Namespace, console: Console) -> int:
         return _train(args, opened, recipe, loaded, options, console)
 
 
+def _on_cluster(args: Namespace, table: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's table and settings, with --set and --cluster."""
+    settings = list(args.set)
+    if args.cluster is None:
+        return table, settings
+    here = table.get("rollout", {})
+    if args.cluster == "none":
+        return {**table, "rollout": {k: v for k, v in here.items() if k != "cluster"}}, settings
+    settings.append(f"rollout.cluster={args.cluster}")
+    if not any(s.startswith("rollout.processes=") for s in settings):
+        settings.append(f"rollout.processes={here.get('processes', 0) or 2}")
+    return table, settings
+
+
 def _resume(args: Namespace, console: Console) -> int:
+    for text in args.set:
+        if (key := text.partition("=")[0].strip()) not in PLACES:
+            raise OndolError(
+                f"a run that goes on keeps its recipe: --set {key} would make another of it",
+                f"what may change is where it runs: {', '.join(PLACES)}; for anything else begin a new run",
+            )
     with Run.open(Run.find(runs_root(args), args.run), write=True) as opened:
         if opened.state == "finished":
             raise OndolError(f"{opened.name} is finished", f"see it with: ondol show {opened.name}")
-        recipe, options = load_recipe(opened.recipe), opened.db.meta("options", {})
+        recipe, options = load_recipe(*_on_cluster(args, opened.recipe)), opened.db.meta("options", {})
+        if args.set or args.cluster:
+            opened.db.event("moved", cluster=args.cluster, settings=args.set)
         loaded = load(recipe, recipe.model.path, lambda line: console.print(Text(line, style="dim")))
         return _train(args, opened, recipe, loaded, options, console)
 

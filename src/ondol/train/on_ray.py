@@ -11,7 +11,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ondol.models.load import LoadedModel
 from ondol.models.save import put_weights, weights
 from ondol.parts import make
 from ondol.recipe import Recipe, load_recipe, to_table
-from ondol.records import Problem, Trajectory
+from ondol.records import Group, Problem, Trajectory
 from ondol.train.executor import Executor, Pending, Worker
 from ondol.train.plans import Asked
 
@@ -31,6 +32,7 @@ _ANSWER_S = 60.0  # for the ledger's actor
 _WEIGHTS_S = 600.0  # for weights to come from another node
 _ROOM_S = 120.0  # for a reward worker to begin
 _REACH_S = 10.0  # to reach a cluster's address
+_TRIES = 3  # the first client of a ray:// address now and then finds that Ray could not fork a server for it
 _STORE_MIB = 256  # least object store of a cluster begun here, beside room for three versions of the weights
 
 
@@ -288,9 +290,39 @@ class RayRollouts(Executor):
         for actor in self._actors.values():  # while they sample with the weights before
             actor.fetch.remote(kept)
 
+    def announce(self, version: int) -> None:
+        with self._reached():
+            super().announce(version)
+
+    def begin(self, asked: Asked, version: int) -> Pending:
+        with self._reached():
+            return super().begin(asked, version)
+
+    def finish(self, pending: Pending, **watched: Callable[[], None]) -> list[Group]:
+        with self._reached():
+            return super().finish(pending, **watched)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Say so when the cluster is no longer there. Ray itself would begin one here."""
+        lost = OndolError(
+            f"the Ray cluster '{self.recipe.rollout.cluster}' is gone",
+            "go on from the last checkpoint with: ondol resume last, and --cluster ADDRESS for another one or --cluster none",
+        )
+        if not self.ray.is_initialized():
+            raise lost
+        try:
+            yield
+        except Exception as e:  # of a client that lost its connection Ray raises a plain one
+            if self.ray.is_initialized() and not isinstance(e, ConnectionError):
+                raise
+            raise lost from e
+
     def close(self) -> None:
-        for actor in (*self._actors.values(), self._keeper):
-            self.ray.kill(actor)
+        with suppress(ConnectionError):
+            if self.ray.is_initialized():
+                for actor in (*self._actors.values(), self._keeper):
+                    self.ray.kill(actor)
         self._actors, self._jobs = {}, {}
         if self._ours:
             self.ray.shutdown()
@@ -325,11 +357,19 @@ def _connect(ray: Any, address: str, actors: int, loaded: LoadedModel) -> None:
         if ":" in (place := address.removeprefix("ray://")):  # Ray itself would try for minutes
             host, _, port = place.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-        ray.init(**settings)
+        for left in reversed(range(_TRIES)):
+            try:
+                ray.init(**settings)
+                break
+            except ConnectionAbortedError:
+                if not left:
+                    raise
     except Exception as e:  # whatever Ray raises: nothing there, another version, no room
         remedy = "give 'local' to begin one here, or start one with: ray start --head"
         raise OndolError(f"no connection to the Ray cluster '{address}': {_first_line(e)}", remedy) from e
 
 
 def _first_line(e: BaseException) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    """What a person reads; what comes from a traceback of Ray's own has its reason at the end."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
