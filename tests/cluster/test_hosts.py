@@ -146,11 +146,12 @@ def test_a_ray_cluster_whose_head_is_switched_off(ray_cluster, tmp_path):
     assert (at / "model/model.safetensors").read_bytes() == model
 
 
-def learners(machines: list[hosts.Host], recipe: str, runs: str) -> list[subprocess.Popen[str]]:
+def learners(machines: list[hosts.Host], *program: str) -> list[subprocess.Popen[str]]:
     """One learner's processes, one a machine, as torchrun starts them."""
     how = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29500")
     torchrun = (sys.executable, "-m", "torch.distributed.run", *how)
-    return [started(m, *torchrun, "-m", "ondol", "train", recipe, "--runs", runs, "--json") for m in machines]
+    train = ("train", "/tmp/recipe.toml", "--runs", "/tmp/runs", "--json")
+    return [started(m, *torchrun, *program, *train) for m in machines]
 
 
 @pytest.mark.parametrize("fsdp", ["false", "true"])
@@ -160,8 +161,9 @@ def test_a_learner_of_two_machines(fsdp, tmp_path):
     with ondol.run(RECIPE, *settings[:1], runs=tmp_path) as run:
         want, model = trajectories(run), load_file(run.path / "model/model.safetensors")
     with hosts.hosts(2, tmp_path) as machines:
-        recipes = {give(m, *settings) for m in machines}
-        processes = learners(machines, recipes.pop(), "/tmp/runs")
+        for m in machines:
+            give(m, *settings)
+        processes = learners(machines, "-m", "ondol")
         said = [ended(p) for p in processes]
         assert [p.returncode for p in processes] == [0, 0], said[0][-3000:] + said[1][-3000:]
         at = folder(machines[0])
@@ -173,3 +175,31 @@ def test_a_learner_of_two_machines(fsdp, tmp_path):
     assert weights.keys() == model.keys()
     for name, value in model.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-9)
+
+
+HASTY = """
+from ondol.cli import main
+from ondol.train.parallel import Processes
+Processes.__init__.__defaults__ = (15.0,)  # ten minutes otherwise
+raise SystemExit(main())
+"""
+
+
+def test_a_learner_whose_second_machine_is_cut_off(tmp_path):
+    """The first does not wait for ever: the run ends with the reason, and goes on alone from its last checkpoint."""
+    settings = ("train.tokens_per_microbatch=40", "train.steps=40", "train.checkpoint_every_steps=1")
+    with hosts.hosts(2, tmp_path) as machines:
+        first, second = machines
+        for m in machines:
+            give(m, *settings)
+            (m.tmp / "hasty.py").write_text(HASTY)
+        leader, _ = learners(machines, "/tmp/hasty.py")
+        until(lambda: steps(first) >= 2, "begun", leader, 180)
+        second.cut()
+        said = ended(leader, 90)
+        assert leader.returncode != 0 and "was lost" in said, said[-3000:]
+        first(*ONDOL, "resume", "last", "--runs", "/tmp/runs", "--json", env=env(), timeout_s=180)
+        at = folder(first)
+        assert at is not None
+        with ondol.open_run(str(at)) as run:
+            assert run.state == "finished" and [m.step for m in run.db.metrics("score/mean", "rl")] == [*range(1, 41)]

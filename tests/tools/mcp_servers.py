@@ -44,7 +44,11 @@ def make() -> None:
         print("npm is not there: the tests of MCP servers from npm will be skipped")
     else:
         npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", ROOT / "node"]
-        subprocess.run([*npm, *NODE], check=True)
+        try:
+            subprocess.run([*npm, *NODE], check=True, timeout=240)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
+            print(f"npm gave no servers, and their tests will be skipped: {e}")
+            return  # tried again the next time
     STAMP.write_text(wanted)
 
 

@@ -93,7 +93,9 @@ class Processes:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with _told("the processes of the learner cannot reach each other"):
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=_START_S))
-            self._calls: Any = dist.new_group(timeout=timedelta(seconds=_IDLE_S), backend=backend)
+            # the leader hands its command over within a deadline; how long the others wait for one is no sign of anything
+            patience = answer_s if rank == 0 else _IDLE_S
+            self._calls: Any = dist.new_group(timeout=timedelta(seconds=patience), backend=backend)
             self._work: Any = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
             # shards come and go over connections of their own: an agreement cannot be taken for one
             self._shards: Any = dist.new_group(timeout=timedelta(seconds=answer_s), backend=backend)
