@@ -29,12 +29,11 @@ pytestmark = [
     pytest.mark.skipif("ONDOL_FAULTS" not in os.environ, reason="minutes long; run by: make chaos"),
     pytest.mark.skipif(bool(lacking := hosts.why_not()), reason=f"no machines of one's own here: {lacking}"),
 ]
-PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
+ENV = {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)]),
+    "OMP_NUM_THREADS": "1",
+}
 ONDOL = (sys.executable, "-m", "ondol")
-
-
-def env(**more: str) -> dict[str, str]:
-    return {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1", **more}
 
 
 def give(host: hosts.Host, *settings: str) -> str:
@@ -71,7 +70,7 @@ def until(true: Callable[[], Any], what: str, process: subprocess.Popen[str], li
 
 
 def started(host: hosts.Host, *command: str) -> subprocess.Popen[str]:
-    return host.start(*command, env=env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return host.start(*command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ended(process: subprocess.Popen[str], limit_s: float = 180) -> str:
@@ -92,10 +91,10 @@ def ray_cluster(tmp_path) -> Iterator[list[hosts.Host]]:
         head, *others, _ = machines
         options = ["--head", "--port", "6379", "--num-cpus", "0", "--include-dashboard", "false"]
         options += ["--ray-client-server-port", "10001"]
-        head(*ray, *options, "--node-ip-address", head.address, env=env(), timeout_s=120)
+        head(*ray, *options, "--node-ip-address", head.address, env=ENV, timeout_s=120)
         for host in others:
             options = ["--address", f"{head.address}:6379", "--num-cpus", "2", "--object-store-memory", "100000000"]
-            host(*ray, *options, "--node-ip-address", host.address, env=env(), timeout_s=120)
+            host(*ray, *options, "--node-ip-address", host.address, env=ENV, timeout_s=120)
         yield machines
 
 
@@ -138,7 +137,7 @@ def test_a_ray_cluster_whose_head_is_switched_off(ray_cluster, tmp_path):
     head.switch_off()
     said = ended(process)
     assert process.returncode == 1 and "Ray cluster 'ray://host1:10001' is gone" in said, said[-3000:]
-    outside(*ONDOL, "resume", "last", "--cluster", "none", "--runs", "/tmp/runs", "--json", env=env(), timeout_s=180)
+    outside(*ONDOL, "resume", "last", "--cluster", "none", "--runs", "/tmp/runs", "--json", env=ENV, timeout_s=180)
     at = folder(outside)
     assert at is not None
     with ondol.open_run(str(at)) as run:
@@ -198,7 +197,7 @@ def test_a_learner_whose_second_machine_is_cut_off(tmp_path):
         second.cut()
         said = ended(leader, 90)
         assert leader.returncode != 0 and "was lost" in said, said[-3000:]
-        first(*ONDOL, "resume", "last", "--runs", "/tmp/runs", "--json", env=env(), timeout_s=180)
+        first(*ONDOL, "resume", "last", "--runs", "/tmp/runs", "--json", env=ENV, timeout_s=180)
         at = folder(first)
         assert at is not None
         with ondol.open_run(str(at)) as run:
