@@ -206,3 +206,14 @@ def test_doctor(capsys) -> None:
     assert {"python", "torch", "gpu", "python sandbox"} <= {row["what"] for row in found["checks"]}
     assert all(row["state"] in ("ok", "absent", "failed") for row in found["checks"])
     assert found["ok"] == all(row["state"] != "failed" for row in found["checks"])
+
+
+def test_doctor_tells_packages_of_another_version(capsys, monkeypatch) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.30.0" if name == "mcp" else real(name))
+    main(["doctor", "--json"])
+    checks = {row["what"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["mcp"]["state"] == "absent" and checks["reasoning-gym"]["state"] == "ok"
+    assert checks["mcp"]["detail"].startswith("1.30.0 is installed") and "'ondol[mcp]'" in checks["mcp"]["detail"]

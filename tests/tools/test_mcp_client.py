@@ -72,6 +72,24 @@ def real(name: str) -> str:
     return path
 
 
+@pytest.mark.parametrize("version", ["1.30.0", None])
+def test_another_package_is_refused_with_the_remedy(monkeypatch, version):
+    from importlib import metadata
+
+    from ondol.tools.server.mcp import mcp_server
+
+    def other(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", other)
+    with pytest.raises(OndolError, match=r"version 2[\s\S]*ondol\[mcp\]"):
+        tools([sys.executable, "-c", "1"])
+    with pytest.raises(OndolError, match=r"version 2[\s\S]*ondol\[mcp\]"):
+        mcp_server(None)  # type: ignore[arg-type]
+
+
 def test_time():
     known = tools([real("mcp-server-time"), "--local-timezone", "UTC"], only=["convert_time"])
     arguments = {"source_timezone": "UTC", "time": "12:00", "target_timezone": "Asia/Seoul"}

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import platform
 from argparse import Namespace
+from importlib import metadata
 from typing import Any
 
+from packaging.requirements import Requirement
 from rich.console import Console
 
 from ondol.cli._common import print_json
 from ondol.errors import OndolError
 from ondol.view.console import table
 
-_EXTRAS = {
-    "peft": "lora",
-    "reasoning_gym": "tasks",
-    "math_verify": "tasks",
-    "openai": "endpoint",
-    "uvicorn": "server",
-    "mcp": "mcp",
-    "duckdb": "data",
-    "bm25s": "data",
-    "gymnasium": "games",
-}
-
 
 def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = [{"what": "python", "state": "ok", "detail": platform.python_version()}]
     rows += _torch()
-    rows += [_model(), _sandbox(), *_levels(), _browser()]
-    for module, extra in _EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        rows.append(
-            {
-                "what": module,
-                "state": "ok" if there else "absent",
-                "detail": "" if there else f"pip install 'ondol[{extra}]'",
-            }
-        )
+    rows += [_model(), _sandbox(), *_levels(), _browser(), *_extras()]
     bad = [r for r in rows if r["state"] == "failed"]
     if args.json:
         print_json({"ok": not bad, "checks": rows})
@@ -113,3 +93,24 @@ def _browser() -> dict[str, Any]:
 
     reason = missing()
     return {"what": "browser", "state": "absent" if reason else "ok", "detail": reason or str(find_chromium())}
+
+
+def _extras() -> list[dict[str, Any]]:
+    """The optional packages, as the installed Ondol asks for them; one of another version is as good as none."""
+    rows = []
+    for extra in metadata.metadata("ondol").get_all("Provides-Extra") or []:
+        for wanted in map(Requirement, metadata.requires("ondol") or []):
+            if extra == "dev" or wanted.marker is None or not wanted.marker.evaluate({"extra": extra}):
+                continue
+            try:
+                version = metadata.version(wanted.name)
+            except metadata.PackageNotFoundError:
+                version = None
+            good = version is not None and wanted.specifier.contains(version, prereleases=True)
+            remedy = f"pip install 'ondol[{extra}]'"
+            if version is not None:
+                remedy = f"{version} is installed, {wanted.specifier} is needed: {remedy}"
+            rows.append(
+                {"what": wanted.name, "state": "ok" if good else "absent", "detail": version if good else remedy}
+            )
+    return rows

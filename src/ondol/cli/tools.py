@@ -101,8 +101,7 @@ async def _stdio(args: Namespace, tools: tuple[Tool, ...]) -> int:
 
 
 async def _http(args: Namespace, tools: tuple[Tool, ...], token: str | None) -> int:
-    from importlib.util import find_spec
-
+    from ondol.tools.mcp import is_installed
     from ondol.tools.server import http
 
     if token is None and not http.is_loopback(args.host):
@@ -112,7 +111,7 @@ async def _http(args: Namespace, tools: tuple[Tool, ...], token: str | None) -> 
         )
     server = _server(args, tools)
     sock = http.listen(args.host, args.port)
-    url, mcp = http.url_of(sock), not args.no_mcp and find_spec("mcp") is not None
+    url, mcp = http.url_of(sock), not args.no_mcp and is_installed()
 
     def ready() -> None:
         if args.json:

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from functools import cached_property
-from importlib.util import find_spec
+from importlib import metadata
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -37,6 +37,19 @@ _CLOSE_S = 10.0  # for a server to end
 _SLACK_S = 5.0  # beyond our own limits, before a call is given up from outside
 _MOST_PAGES = 100  # of a server's list of tools
 _STARTING = 2 * (os.cpu_count() or 1)  # servers that start at once; more would only wait for each other
+
+
+def is_installed() -> bool:
+    """Is the package there, and not of its first generation, which has another API?"""
+    try:
+        return metadata.version("mcp").startswith("2.")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def check_installed() -> None:
+    if not is_installed():
+        raise OndolError("MCP needs the package 'mcp', version 2", "pip install 'ondol[mcp]'")
 
 
 class McpTools(Toolset):
@@ -78,8 +91,7 @@ class McpTools(Toolset):
 
     @cached_property
     def _tools(self) -> tuple[Tool, ...]:
-        if find_spec("mcp") is None:
-            raise OndolError("the tools of MCP servers need the package 'mcp'", "pip install 'ondol[mcp]'")
+        check_installed()
         try:
             listed = background.wait(self._hub.list_tools(), self.start_s + _CLOSE_S + _SLACK_S)
         except TimeoutError as e:

@@ -275,14 +275,13 @@ class _Mcp:
 
 
 def _mcp_manager(server: ToolServer) -> Any:
-    from ondol.tools.server.mcp import mcp_server, missing
+    from ondol.tools.server.mcp import mcp_server
 
-    try:
-        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-    except ImportError as e:
-        raise missing(e) from e
+    serving = mcp_server(server)
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+
     # Host and origin are the gate's matter. Plain JSON replies: a call has one answer and nothing to stream.
-    return StreamableHTTPSessionManager(mcp_server(server), json_response=True)
+    return StreamableHTTPSessionManager(serving, json_response=True)
 
 
 def listen(host: str, port: int) -> socket.socket:

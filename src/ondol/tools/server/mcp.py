@@ -12,8 +12,8 @@ import uuid
 from typing import Any
 
 import ondol
-from ondol.errors import OndolError
 from ondol.records import ToolCall
+from ondol.tools.mcp import check_installed
 from ondol.tools.server.core import Busy, ToolServer
 
 TRAJECTORY = "ondol/trajectory_id"
@@ -21,17 +21,11 @@ SESSION_HEADER = "mcp-session-id"
 CLIENT = "mcp"  # apart from the trajectories of other clients
 
 
-def missing(error: ImportError) -> OndolError:
-    return OndolError(f"MCP needs the package 'mcp' ({error})", "pip install 'ondol[mcp]'")
-
-
 def mcp_server(server: ToolServer, only: str | None = None) -> Any:
     """A low-level MCP server over `server`. `only`: the one trajectory of all calls (stdio)."""
-    try:
-        import mcp_types as types
-        from mcp.server.lowlevel import Server
-    except ImportError as e:
-        raise missing(e) from e
+    check_installed()
+    import mcp_types as types
+    from mcp.server.lowlevel import Server
 
     async def list_tools(ctx: Any, params: Any) -> Any:
         tools = [
