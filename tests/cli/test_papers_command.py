@@ -45,6 +45,18 @@ def test_one_paper(capsys) -> None:
     assert "planned" in capsys.readouterr().out
 
 
+def test_each_arm_tells_the_command_that_it_comes_of(capsys) -> None:
+    from ondol.papers.base import find
+    from ondol.papers.results import read
+
+    result = read(find("2509.01055"))
+    assert result is not None and len({arm["command"] for arm in result["arms"].values()}) > 1
+    assert main(["papers", "2509.01055"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for arm in result["arms"].values():
+        assert arm["command"] in said and f"{len(arm['runs'])} seeds" in said and arm["commit"][:12] in said
+
+
 @pytest.mark.parametrize("scale", ["gpu", "full"])
 def test_other_scales_say_what_they_would_run(scale, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -70,7 +70,7 @@ def detail(entry: Entry, result: dict[str, Any] | None) -> RenderableType:
         title = Text(f"{word}: ", _STYLE[word]).append(claim["text"], "default")
         lines += [Text(), title, Padding(grid, (0, 0, 0, 2))]
     if result is not None:
-        lines += [Text(), _arms(result), Text(), Text(result["command"]), Text(_provenance(result), "dim")]
+        lines += [Text(), _arms(result), Text(), *_provenance(result)]
     elif entry.paper is not None:
         lines += [Text(), Text(f"not run: ondol reproduce {entry.id} --scale laptop --seeds 3")]
     if entry.paper is not None:
@@ -109,7 +109,11 @@ def _number(arm: dict[str, Any], name: str) -> Text:
     return Text(f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
 
 
-def _provenance(result: dict[str, Any]) -> str:
-    m = result["machine"]
-    commit = (result["commit"] or "no commit")[:12] + (", with changes" if result["dirty"] else "")
-    return f"{len(result['seeds'])} seeds, {m.get('gpu') or m.get('cpu')}, torch {m.get('torch')}, {commit}"
+def _provenance(result: dict[str, Any]) -> list[Text]:
+    """Each command that arms come of, with where it ran."""
+    commands: dict[str, list[Text]] = {}
+    for arm in ({**result, **arm} for arm in result["arms"].values()):
+        m, commit = arm["machine"], (arm["commit"] or "no commit")[:12] + (", with changes" if arm["dirty"] else "")
+        where = f"{len(arm['runs'])} seeds, {m.get('gpu') or m.get('cpu')}, torch {m.get('torch')}, {commit}"
+        commands.setdefault(f"{arm['command']}\n{where}", [Text(arm["command"]), Text(where, "dim")])
+    return [line for lines in commands.values() for line in lines]
