@@ -34,7 +34,7 @@ PLACES = {
     "trajectories": ("ondol.store.database", "Database.add_trajectories"),
     "metrics": ("ondol.store.database", "Database.add_metrics"),
     "meta": ("ondol.store.database", "Database.set_meta"),
-    "evaluation": ("ondol.train.loop", "evaluate"),
+    "evaluation": ("ondol.train.evaluations", "evaluate"),
     "forget": ("ondol.store.database", "Database.forget_after"),
     "restore": ("ondol.train.loop", "load_weights"),
     "model": ("ondol.train.loop", "save_model"),

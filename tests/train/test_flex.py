@@ -47,7 +47,9 @@ def test_it_is_refused_on_a_cpu(tmp_path):
     with pytest.raises(OndolError, match="for GPUs"):
         use_flex(load_model("tiny:hidden=32,layers=1").model)
     with pytest.raises(OndolError, match="for GPUs"):
-        ondol.run(RECIPE, "train.flex_attention=true", runs=tmp_path)
+        ondol.run(RECIPE, "train.flex_attention=true", "evaluate.problems=2", runs=tmp_path)
+    with ondol.open_run("last", runs=tmp_path) as run:
+        assert not list(run.db.trajectories())  # before anything was done, not when learning begins
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

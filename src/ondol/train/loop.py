@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from ondol.cluster.scoring import RewardWorkers
 from ondol.errors import OndolError
-from ondol.evaluate import evaluate, held_out, many_samples, ways
 from ondol.methods.base import ActorCritic
 from ondol.models.load import LoadedModel
 from ondol.models.save import load_weights, save_model, weights
@@ -26,13 +25,15 @@ from ondol.store import Run
 from ondol.train import checkpoint
 from ondol.train.checkpoint import Position
 from ondol.train.dump import groups_of, read_trajectories
+from ondol.train.evaluations import Evaluations
 from ondol.train.executor import Ahead, Executor, executor
 from ondol.train.filters import Filtered, filtered, is_hopeless
+from ondol.train.flex import use_flex
 from ondol.train.interrupt import Interrupt, Interrupted
 from ondol.train.learner import Learner
 from ondol.train.parallel import Crew, build, world
 from ondol.train.plans import Asked, hit_share, make_engine, peak_mib, plan_of, reward_workers
-from ondol.train.prompts import PHASES, order
+from ondol.train.prompts import order
 from ondol.train.report import Reporter
 from ondol.train.updates import NotFinite
 from ondol.train.warm_start import accepted, check_prompts, check_tokens, traces, updates
@@ -81,7 +82,7 @@ class Trainer:
         self.crew: Crew | None = None
         self.learner: Learner | None = None
         self.version = 0
-        self.problems = held_out(recipe.task, recipe.evaluate.problems)
+        self.evaluations = Evaluations(recipe, run, loaded, self.engine, self.reporter, self.interrupt.check)
         self.stages = self._stages()
         self.at = ("", 0)  # (stage, step) under way
         self.done = (-1, 0)  # (index of the stage, steps of it) that the weights now reflect
@@ -94,6 +95,8 @@ class Trainer:
         try:
             with self.interrupt:
                 check_prompts(self.recipe, self.loaded)
+                if self.recipe.train.flex_attention and not self.rollout_only:
+                    use_flex(self.loaded.model)
                 if tools := self.recipe.env.facts():
                     self.run.add_facts({"tools": tools})
                 if self.dump is not None:
@@ -103,7 +106,7 @@ class Trainer:
                 elif self.recipe.train.fsdp:
                     self.reporter.warn("train.fsdp is for several learners (train.learners): this one holds everything")
                 self._restore()
-                if self.recipe.evaluate.problems and not self.problems:
+                if self.recipe.evaluate.problems and not self.evaluations.problems:
                     self.reporter.warn("the task has no test problems: nothing is evaluated")
                 self.reporter.plan([(s.name, s.work) for s in self.stages])
                 self.rewards = reward_workers(self.recipe, self.reporter.warn)
@@ -146,11 +149,11 @@ class Trainer:
 
     def _stages(self) -> list[Stage]:
         r, out = self.recipe, []
-        checks = bool(self.problems) and not self.dump
+        checks = bool(self.evaluations.problems) and not self.dump
         group = r.train.prompts_per_step * r.train.samples_per_prompt
-        per_check = len(self.problems) * (1 + r.evaluate.samples) / 8
+        per_check = len(self.evaluations.problems) * (1 + r.evaluate.samples) / 8
         if checks:
-            out.append(Stage("before", 1, lambda i: self._check("before", i), work=per_check))
+            out.append(Stage("before", 1, lambda i: self._evaluate("before"), work=per_check))
         if r.warm_start is not None and not self.dump and not self.rollout_only:
             w = r.warm_start
             if w.samples:
@@ -158,7 +161,7 @@ class Trainer:
             traces = w.problems * (w.samples_per_problem if w.from_task else w.keep_per_problem)
             out.append(Stage("sft", 0, self._imitate, trains=True, work=w.epochs * traces / 2))
             if checks and r.train.steps:
-                out.append(Stage("warm", 1, lambda i: self._check("warm", i), work=per_check))
+                out.append(Stage("warm", 1, lambda i: self._evaluate("warm"), work=per_check))
         if pretraining := self._value_steps():
             out.append(Stage("value", pretraining, self._pretrain_values, trains=True, work=pretraining * group / 4))
         if r.train.steps:
@@ -167,7 +170,7 @@ class Trainer:
             )
             out.append(rl)
             if checks and not self.rollout_only:
-                out.append(Stage("after", 1, lambda i: self._check("after", i), work=per_check))
+                out.append(Stage("after", 1, lambda i: self._evaluate("after"), work=per_check))
         return out
 
     def _value_steps(self) -> int:
@@ -188,7 +191,7 @@ class Trainer:
                 self._begin(stage, fresh=True)
             self.reporter.stage(stage.name, stage.steps)
         if stage.name == "rl" and done:
-            self._check_between(done)  # an interruption may have come in the middle of it
+            self._evaluate_between(done)  # an interruption may have come in the middle of it
         for number in range(done + 1, stage.steps + 1):
             self.interrupt.check()
             self.at = (stage.name, number)
@@ -199,7 +202,7 @@ class Trainer:
             else:
                 self.run.db.set_meta(f"done:{stage.name}", number)
             if stage.name == "rl":
-                self._check_between(number)
+                self._evaluate_between(number)
             if stage.trains and (number == stage.steps or number % self.recipe.train.checkpoint_every_steps == 0):
                 self._save()
 
@@ -224,45 +227,9 @@ class Trainer:
 
     # -- steps --------------------------------------------------------------------------------------------------
 
-    def _check(self, rung: str, step: int) -> None:
+    def _evaluate(self, phase: str) -> None:
         """An evaluation as a stage of its own."""
-        self.reporter.advance(1.0, self._evaluate(rung, 0, self.reporter.advance))
-
-    def _evaluate(self, rung: str, step: int, advance: Callable[[float, dict[str, float]], None]) -> dict[str, float]:
-        """Greedy and sampled score on held-out problems; recorded under phase `rung`."""
-        r, metrics = self.recipe, {}
-        without_tools = r.evaluate.without_tools and rung == "before"
-        modes = list(ways(r.env, r.sampling, r.evaluate.samples, without_tools))
-        recorded: list[tuple[str, list[Trajectory]]] = []
-        for mode, env, sampling, samples in modes:
-            part = 1 / len(modes) / (len(self.problems) * samples)
-            result = evaluate(
-                self.engine,
-                self.loaded.renderer,
-                r.task,
-                env,
-                self.problems,
-                sampling,
-                seed=(r.seed, PHASES["evaluate"]),
-                samples=samples,
-                timeout_s=r.rollout.timeout_s,
-                max_response_tokens=r.rollout.max_response_tokens,
-                progress=lambda t, part=part: advance(part, {}),
-                stop=self.interrupt.check,
-            )
-            metrics[f"eval/score_{mode}"] = result.score
-            metrics[f"eval/error_{mode}"] = result.error
-            if mode == "sampled":
-                metrics |= many_samples(result, r.task)
-            recorded.append((mode, result.trajectories))
-            self.reporter.failures(f"evaluation '{rung}', {mode}", result.trajectories)
-            if mode == "greedy":
-                self.reporter.trajectory(f"{rung}, greedy", result.trajectories[0])
-        with self.run.db.step():
-            self.run.db.add_metrics(rung, step, metrics)
-            for mode, trajectories in recorded:
-                self.run.db.add_trajectories(f"{rung}/{mode}", step, trajectories)
-        return metrics
+        self.reporter.advance(1.0, self.evaluations.evaluate(phase, 0, self.reporter.advance))
 
     def _collect(self, step: int) -> None:
         """Sample with examples in the prompt; record everything, keep what the verifier accepts."""
@@ -410,16 +377,11 @@ class Trainer:
     def _statistics(self, groups: list[Group]) -> dict[str, float]:
         return statistics(groups, getattr(self.recipe.task, "answer_class", None))
 
-    def _check_between(self, step: int) -> None:
+    def _evaluate_between(self, step: int) -> None:
         """The evaluation due after this step, unless it is recorded already."""
-        r = self.recipe
-        every = r.evaluate.every_steps
-        if not every or step % every or step >= r.train.steps or not self.problems or self.rollout_only or self.dump:
-            return
-        if any(m.step == step for m in self.run.db.metrics("eval/score_greedy", "rl")):
-            return
-        self.engine.sync(self.version)
-        self._evaluate("rl", step, lambda part, values: None)
+        if not self.rollout_only and not self.dump and self.evaluations.is_due(step):
+            self.engine.sync(self.version)
+            self.evaluations.evaluate("rl", step)
 
     # -- shared -------------------------------------------------------------------------------------------------
 
