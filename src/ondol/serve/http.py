@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import secrets
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -25,7 +24,7 @@ from ondol.errors import OndolError
 from ondol.records import Finish
 from ondol.serve.record import Episode, Recorder, check_episode
 from ondol.serve.worker import Busy, Worker
-from ondol.tools.server.http import Gate, is_loopback
+from ondol.tools.server.http import Gate, is_loopback, serve_app
 from ondol.tools.speaker import Speaker
 
 try:
@@ -343,27 +342,4 @@ def _refusing(handler: Callable[[Http], Awaitable[Response]]) -> Callable[[Http]
 
 async def serve(endpoint: Endpoint, sock: socket.socket, *, token: str | None, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT. `ready` is called once requests are answered."""
-    import uvicorn
-
-    app = build_app(endpoint, token=token, loopback=is_loopback(sock.getsockname()[0]))
-    config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-
-    class Uvicorn(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Any:  # ours are below; uvicorn would raise them again at the end
-            yield
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            ready()
-
-    running = Uvicorn(config)
-
-    def stop() -> None:
-        running.force_exit, running.should_exit = running.should_exit, True
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(number, stop)
-    await running.serve([sock])
+    await serve_app(build_app(endpoint, token=token, loopback=is_loopback(sock.getsockname()[0])), sock, ready)

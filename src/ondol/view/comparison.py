@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
-from ondol.errors import OndolError
 from ondol.view.console import duration
+from ondol.view.plots import save
 from ondol.view.trajectory import safe_text
 
 #: Okabe and Ito's colours, as in plots.py; more arms than these begin anew with dashed lines
@@ -118,12 +118,7 @@ def plot_comparison(
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#EEEEEE")
         ax.set_axisbelow(True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    except OSError as e:
-        raise OndolError(f"{path} cannot be written: {e}", "choose another place, or free space") from e
-    return path
+    return save(figure, path)
 
 
 def _ends(ax: Any, results: Mapping[str, Any], end: str) -> None:

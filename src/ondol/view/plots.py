@@ -67,7 +67,11 @@ def plot_run(run: Run, path: Path) -> Path:
     for ax in axes.flat:
         if ax.axison:
             ax.set_xlabel(f"step of {phase}", color=_GREY)
-    path = Path(path)
+    return save(figure, Path(path))
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG. Raises OndolError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")

@@ -14,7 +14,7 @@ import json
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -311,12 +311,32 @@ async def serve(
 
     `ready` is called once requests are answered. A second signal ends it at once.
     """
-    import uvicorn
-
     app = build_app(server, token=token, loopback=is_loopback(sock.getsockname()[0]), mcp=mcp)
-    config = uvicorn.Config(
-        app, log_level="error", access_log=False, lifespan="on", backlog=2048, timeout_graceful_shutdown=5
-    )
+
+    async def drain(at_once: bool) -> None:
+        # While it drains it still answers: health says so, and further calls hear why they are refused.
+        await server.drain(0 if at_once else grace_s)
+        for stream in list(app.state.streams):
+            stream.cancel()
+
+    await serve_app(app, sock, ready, drain, server.hurry)
+
+
+async def serve_app(
+    app: Any,
+    sock: socket.socket,
+    ready: Callable[[], None],
+    drain: Callable[[bool], Awaitable[None]] | None = None,
+    hurry: Callable[[], None] | None = None,
+) -> None:
+    """Serve an ASGI app until SIGTERM or SIGINT; a second one ends it at once.
+
+    Args:
+        ready: called once requests are answered.
+        drain: awaited before connections are closed; told whether to be at once.
+        hurry: called at the second signal.
+    """
+    import uvicorn
 
     class Uvicorn(uvicorn.Server):
         @contextlib.contextmanager
@@ -328,18 +348,19 @@ async def serve(
             ready()
 
         async def shutdown(self, sockets: Any = None) -> None:
-            # While it drains it still answers: health says so, and further calls hear why they are refused.
-            await server.drain(0 if self.force_exit else grace_s)
-            for stream in list(app.state.streams):
-                stream.cancel()
+            if drain is not None:
+                await drain(self.force_exit)
             await super().shutdown(sockets)
 
-    running = Uvicorn(config)
+    running = Uvicorn(
+        uvicorn.Config(app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
+    )
 
     def stop() -> None:
         if running.should_exit:
             running.force_exit = True
-            server.hurry()
+            if hurry is not None:
+                hurry()
         running.should_exit = True
 
     loop = asyncio.get_running_loop()
