@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from ondol import parts
+from ondol.cli import main
 from ondol.cli import main as command_line
 from ondol.errors import OndolError
 from ondol.records import ToolCall
@@ -146,7 +147,7 @@ def test_contradictions_and_unknown_levels(monkeypatch):
         make("shell", require="prison")
 
 
-def test_a_run_records_the_level(tmp_path):
+def test_a_run_records_the_level(tmp_path, capsys):
     with Run.create(tmp_path, "r", {"a": 1}) as run:
         run.add_facts({})
         facts = {"cpython": make("cpython").facts()}
@@ -155,6 +156,12 @@ def test_a_run_records_the_level(tmp_path):
         assert known["tools"] == facts and facts["cpython"]["sandbox"] in levels.LEVELS and "python" in known
         (event,) = run.db.events("facts")
         assert event.data["tools"] == facts
+        assert run.facts() == known
+    assert main(["show", "last", "--runs", str(tmp_path)]) == 0
+    assert f"The tool 'cpython': sandbox {facts['cpython']['sandbox']}" in capsys.readouterr().out
+    (run.path / "environment.json").write_text("spoilt")
+    assert main(["show", "last", "--json", "--runs", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["tools"] == {}
 
 
 def test_the_first_level_that_fails_is_explained(monkeypatch):

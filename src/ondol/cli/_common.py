@@ -6,6 +6,7 @@ import json
 import math
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,11 @@ def print_json(value: Any) -> None:
         return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
 
     print(json.dumps(plain(value), indent=2, default=str))
+
+
+def told(tools: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each tool of which something is known: the sandbox that its calls run behind."""
+    return [f"The tool '{name}': " + ", ".join(f"{k} {v}" for k, v in known.items()) for name, known in tools.items()]
 
 
 def find_model(args: Namespace, trained: bool = True) -> tuple[Recipe, str, Path | None]:

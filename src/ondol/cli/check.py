@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from ondol.cli._common import print_json
+from ondol.cli._common import print_json, told
 from ondol.recipe import load_recipe, to_table
 
 
@@ -28,6 +28,6 @@ def run(args: Namespace) -> int:
         print(
             "# What a right response is, the task does not tell: problems were drawn, its verifier was not tried on them."
         )
-    for name, given in facts.items():
-        print(f"# The tool '{name}': " + ", ".join(f"{key} {value}" for key, value in given.items()) + ".")
+    for line in told(facts):
+        print(f"# {line}.")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ondol.cli._common import print_json, runs_root
+from ondol.cli._common import print_json, runs_root, told
 from ondol.errors import OndolError, nearest
 from ondol.evaluate import ladder
 from ondol.store import Run, metric
@@ -45,6 +45,7 @@ def run(args: Namespace) -> int:
                 {
                     "run": str(opened.path),
                     "state": opened.state,
+                    "tools": opened.facts().get("tools", {}),
                     "ladder": ladder(opened),
                     "metrics": [m._asdict() for m in opened.db.metrics()],
                     "trajectories": [t.to_dict() for t in wanted],
@@ -54,6 +55,8 @@ def run(args: Namespace) -> int:
             return 0
         console = Console()
         console.print(Text(f"{opened.name}: {opened.state}", style="bold"))
+        for line in told(opened.facts().get("tools", {})):
+            console.print(Text(line, style="dim"))
         if rows := ladder(opened):
             console.print(before_after_table(rows))
         by_step: dict[int, dict[str, float]] = {}

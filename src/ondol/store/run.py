@@ -101,6 +101,14 @@ class Run:
             raise
         return cls(path, db, lock)
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run's environment: versions, machine, its tools' sandboxes. Empty where the file is spoilt."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def add_facts(self, facts: Mapping[str, Any]) -> None:
         """Add to what is known of the run's environment: to environment.json, and an event, since a resumed run may have
         moved. Nothing is done for no facts."""
