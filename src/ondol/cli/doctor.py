@@ -98,8 +98,18 @@ def _browser() -> dict[str, Any]:
 def _extras() -> list[dict[str, Any]]:
     """The optional packages, as the installed Ondol asks for them; one of another version is as good as none."""
     rows = []
-    for extra in metadata.metadata("ondol").get_all("Provides-Extra") or []:
-        for wanted in map(Requirement, metadata.requires("ondol") or []):
+    try:
+        extras, wants = metadata.metadata("ondol").get_all("Provides-Extra") or [], metadata.requires("ondol") or []
+    except metadata.PackageNotFoundError:  # run from its source
+        return [
+            {
+                "what": "ondol",
+                "state": "absent",
+                "detail": "not installed, so its extras are not known: pip install -e .",
+            }
+        ]
+    for extra in extras:
+        for wanted in map(Requirement, wants):
             if extra == "dev" or wanted.marker is None or not wanted.marker.evaluate({"extra": extra}):
                 continue
             try:
