@@ -23,10 +23,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(*words: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def serving(*words: str, stderr: Any = None, **env: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """(process, what it said at its start). Ended, however it went."""
     process = subprocess.Popen(
-        [*COMMAND, "--json", *words], stdout=subprocess.PIPE, text=True, env=environment(**env), start_new_session=True
+        [*COMMAND, "--json", *words],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=environment(**env),
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -328,6 +329,33 @@ def test_told_to_stop_it_lets_calls_end(number: signal.Signals):
         thread.join(20)
         assert replies[0].json()["text"] == "waited"
         assert process.wait(15) == 0
+
+
+def test_told_twice_it_ends_at_once_and_quietly(tmp_path):
+    with (
+        (tmp_path / "said").open("w+") as said,
+        serving("--tool", '{name = "faulty_tool:Faulty", timeout_s = 60}', stderr=said) as (process, start),
+    ):
+        url = start["url"]
+        body = {"trajectory_id": "a", "tool": "faulty", "arguments": {"what": "wait 30"}}
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # cut off, or answered: either will do
+                post(url + "/call", body)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        for _ in range(200):
+            if health(url)["concurrent_requests"] == 1:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+        thread.join(20)
+        said.seek(0)
+        assert said.read() == ""
 
 
 def test_mcp_over_http_and_stdio(url: str):

@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import logging
 import signal
 import socket
 import time
@@ -359,6 +360,7 @@ async def serve_app(
     def stop() -> None:
         if running.should_exit:
             running.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # it would tell what is cut off as an error
             if hurry is not None:
                 hurry()
         running.should_exit = True
