@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from ondol import parts
-from ondol.cli import main
 from ondol.cli import main as command_line
 from ondol.errors import OndolError
 from ondol.records import ToolCall
@@ -157,10 +156,10 @@ def test_a_run_records_the_level(tmp_path, capsys):
         (event,) = run.db.events("facts")
         assert event.data["tools"] == facts
         assert run.facts() == known
-    assert main(["show", "last", "--runs", str(tmp_path)]) == 0
+    assert command_line(["show", "last", "--runs", str(tmp_path)]) == 0
     assert f"The tool 'cpython': sandbox {facts['cpython']['sandbox']}" in capsys.readouterr().out
     (run.path / "environment.json").write_text("spoilt")
-    assert main(["show", "last", "--json", "--runs", str(tmp_path)]) == 0
+    assert command_line(["show", "last", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["tools"] == {}
 
 

@@ -96,7 +96,7 @@ class Trainer:
             with self.interrupt:
                 check_prompts(self.recipe, self.loaded)
                 if self.recipe.train.flex_attention and not self.rollout_only:
-                    use_flex(self.loaded.model)
+                    use_flex(self.loaded.model)  # refused now rather than when the first learner is made
                 if tools := self.recipe.env.facts():
                     self.run.add_facts({"tools": tools})
                 if self.dump is not None:
